@@ -1,0 +1,1 @@
+"""Programs that use mofo_jax: read them, run them, take from them."""

@@ -1,0 +1,1 @@
+"""Fine-tune a Llama with MoFO: the model, its checkpoints, its data and trainer."""

@@ -1,0 +1,20 @@
+"""What holds for every test: eight devices, strict dtypes, no network, few examples."""
+
+import os
+
+# Read when JAX starts, so before its import. Eight devices let meshes be tested.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the time of an example vary by a hundred.
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=50, derandomize=True
+)
+hypothesis.settings.load_profile("default")
