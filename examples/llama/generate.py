@@ -16,8 +16,9 @@ import tyro
 from flax import nnx
 from jax.typing import ArrayLike
 
-from examples.llama.convert import END, START, load_llama2c_tokenizer, load_model
+from examples.llama.checkpoint import load_model
 from examples.llama.model import Llama
+from examples.llama.tokenizer import END, START, load_llama2c_tokenizer
 
 
 def generate(

@@ -262,3 +262,19 @@ def test_gradient_descent_variant_converges():
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_step_needs_no_temporaries_of_a_leafs_size():
+    leaf = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
+    params = {f"layer{i}": leaf for i in range(4)}
+    optimizer = mofo(1e-3, weight_decay=0.1)
+    state = jax.eval_shape(optimizer.init, params)
+
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    memory = step.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * leaf.size * leaf.dtype.itemsize
+    assert memory.alias_size_in_bytes >= 3 * 4 * leaf.size * leaf.dtype.itemsize

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.llama.convert import load_llama2c, load_llama2c_tokenizer
+from examples.llama.convert import load_llama2c
+from examples.llama.tokenizer import load_llama2c_tokenizer
 
 
 @pytest.fixture(scope="session")

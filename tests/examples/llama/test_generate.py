@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama.convert import load_llama2c, save_model
+from examples.llama.checkpoint import save_model
+from examples.llama.convert import load_llama2c
 from examples.llama.generate import generate, main
 from examples.llama.model import Llama, LlamaConfig
 
