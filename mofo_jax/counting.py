@@ -38,7 +38,8 @@ def count(marks: jax.Array, axes: tuple[int, ...]) -> Limbs:
 
 def _sum_groups(marks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Adds up to _GROUP marks that neighbour along one of the axes, as int8."""
-    shards = _shards(marks)
+    # Within a shard, however the axes are sharded: a group over two would be gathered.
+    shards = [math.gcd(size, jax.device_count()) for size in marks.shape]
     group = {a: math.gcd(_GROUP, marks.shape[a] // shards[a]) for a in axes}
     # A longer group first; then an early axis, along which vector units need no
     # shuffles.
@@ -46,14 +47,6 @@ def _sum_groups(marks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     size = group[axis]
     shape = (*marks.shape[:axis], -1, size, *marks.shape[axis + 1 :])
     return jnp.sum(marks.reshape(shape), axis=axis + 1, dtype=jnp.int8)
-
-
-def _shards(x: jax.Array) -> list[int]:
-    """Over how many devices each axis is sharded, where the type of x tells."""
-    sharding = jax.typeof(x).sharding
-    sizes = dict(sharding.mesh.shape)
-    parts = [p if isinstance(p, tuple) else (p,) for p in sharding.spec]
-    return [math.prod(sizes.get(name, 1) for name in part) for part in parts]
 
 
 def _sum(counts: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Limbs:

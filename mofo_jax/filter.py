@@ -1,5 +1,6 @@
 """The momentum filter around any Optax gradient transformation."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ from mofo_jax.leaves import (
     resolve_block_axes,
     resolve_mask,
 )
-from mofo_jax.selection import Method, check_alpha, check_method, select_mask
+from mofo_jax.selection import (
+    Method,
+    check_alpha,
+    check_method,
+    is_rankable,
+    select_mask,
+)
 
 Score = str | Callable[[Any, Any, Any, Any], Any]
 Alpha = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
@@ -85,15 +92,17 @@ def filter_by_momentum(
         :func:`mofo_jax.all_but_norms_and_biases`. None filters all.
       block_axes: Axes along which every index is a block of its own: an int or tuple
         of ints for all leaves, a pytree of those (None for a whole leaf) like the
-        parameters, or a function of the parameters that returns one. A tuple of ints
-        is always axes, never a pytree.
+        parameters, or a function of the parameters that returns one. A plain tuple
+        of ints is always axes, never a pytree.
       seed: Integer that random scores are drawn from.
-      method: ``"search"``, or ``"top_k"`` for the reference by sorting.
+      method: ``"search"``, or ``"top_k"`` for the reference by sorting, on one device.
 
     Returns:
-      A transformation with a :class:`FilterByMomentumState`. Its updates have inner's
-      shapes and dtypes; an entry that is not selected gets zero (negative zero, which
-      leaves also a parameter of -0.0 as it is).
+      A transformation with a :class:`FilterByMomentumState`, whose shapes and dtypes
+      stay those of init. Its updates have the parameters' dtypes where update is given
+      the parameters, and inner's otherwise; an entry that is not selected gets zero
+      (negative zero, which :func:`optax.apply_updates` adds to a parameter of -0.0
+      without changing it).
 
     Raises:
       ValueError: alpha outside (0, 1], an unknown score or method; at init: inner has
@@ -151,11 +160,13 @@ def momentum_filter(
     if not callable(score) and score not in SCORES:
         allowed = ", ".join(f'"{s}"' for s in SCORES)
         raise ValueError(f"score must be one of {allowed} or a function, got {score!r}")
+    if not hasattr(seed, "dtype") and not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     check_method(method)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> FilterByMomentumState:
-        state = inner.init(params)
+        state = _without_weak_types(inner.init(params))
         # Optax also calls init with a placeholder that has no leaves.
         if jax.tree.leaves(params):
             check_dtypes(params)
@@ -175,12 +186,18 @@ def momentum_filter(
             updates, inner_state = inner.update(
                 gradients, state.inner_state, params, **extra
             )
+        # Gradients or hyperparameters of another precision than the parameters'
+        # would otherwise change the state's dtypes, and so recompile the next step.
+        inner_state = cast_like(inner_state, state.inner_state)
+        if params is not None:
+            updates = cast_like(updates, params)
         if callable(alpha):
             check_alpha(fraction)
         # Of the updates, as params may not be given: only shapes and names matter.
         filtered = resolve_mask(updates, filter_mask)
         axes = resolve_block_axes(updates, block_axes)
         leaves, treedef = jax.tree.flatten(updates)
+        scores: list[Any]
         if score == "momentum":
             scores = first_moments(inner_state, updates, filtered)
         elif score == "gradient":
@@ -191,8 +208,9 @@ def momentum_filter(
             scores = _random_scores(leaves, filtered, seed, step)
         else:
             assert callable(score)
-            scores = jax.tree.leaves(score(gradients, updates, inner_state, params))
-            _check_scores(scores, leaves)
+            tree = score(gradients, updates, inner_state, params)
+            _check_scores(tree, updates)
+            scores = jax.tree.leaves(tree)
         kept = [
             _keep_selected(u, s, fraction, a, method, unselected) if f else u
             for u, s, f, a in zip(leaves, scores, filtered, axes, strict=True)
@@ -244,16 +262,33 @@ def _random_scores(
     ]
 
 
-def _check_scores(scores: list[Any], leaves: list[jax.Array]) -> None:
-    shapes = [jnp.shape(s) for s in scores]
-    kinds = [jnp.result_type(s) for s in scores]
-    if shapes != [u.shape for u in leaves] or not all(
-        jnp.issubdtype(kind, jnp.inexact) for kind in kinds
-    ):
-        got = ", ".join(
-            f"{k.name}{list(s)}" for k, s in zip(kinds, shapes, strict=True)
-        )
+def _check_scores(scores: Any, updates: Any) -> None:
+    def kind(x: Any) -> tuple[tuple[int, ...], bool]:
+        return jnp.shape(x), is_rankable(jnp.result_type(x))
+
+    if jax.tree.map(kind, scores) != jax.tree.map(lambda u: (u.shape, True), updates):
+        got = jax.tree.map(lambda x: f"{jnp.result_type(x)}{[*jnp.shape(x)]}", scores)
         raise ValueError(
-            "score must return floating or complex arrays, one shaped like each "
-            f"update, got {got} for updates of shapes {[u.shape for u in leaves]}"
+            "score must return a floating or complex array shaped like each update, "
+            f"in the same structure, got {got} for updates of shapes "
+            f"{jax.tree.map(jnp.shape, updates)}"
         )
+
+
+def _without_weak_types(state: Any) -> Any:
+    """The state as it is after a step, which leaves no dtype weak."""
+    return jax.tree.map(lambda x: x.astype(x.dtype) if _is_inexact(x) else x, state)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Floating and complex arrays of the tree, in the dtypes of another one."""
+    return jax.tree.map(
+        lambda x, y: x.astype(jnp.result_type(y)) if _is_inexact(x) else x,
+        tree,
+        like,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _is_inexact(x: Any) -> bool:
+    return isinstance(x, jax.Array) and bool(jnp.issubdtype(x.dtype, jnp.inexact))

@@ -1,5 +1,6 @@
 """What the filter needs to know of each leaf: name, mask, block axes, first moment."""
 
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mofo_jax.selection import normalize_block_axes
+from mofo_jax.selection import is_rankable, normalize_block_axes
 
 # A pytree of bools like the parameters, a prefix of one, or a function that makes one.
 FilterMask = Any
@@ -26,16 +27,20 @@ def all_but_norms_and_biases(params: Any) -> Any:
 
     The choice of the MoFO authors' released code, by the names of the parameters. A
     parameter is left out, and so gets the whole update, if one part of its path
-    contains "norm" or "bias" (in any case), is "ln" or starts or ends like "ln_1" or
+    contains "norm" or "bias" (in any case) or "ln" as in "ln_1", "ln_f" or
     "final_ln", or if its own name is "scale", which is what Flax calls the weight of
-    every normalization. This covers the names of Flax NNX and Linen, Equinox, and
-    Hugging Face (also as flat dictionaries with dots).
+    every normalization. This covers the names of Flax NNX and Linen and of Hugging
+    Face (also as flat dictionaries with dots); a normalization that its module names
+    otherwise, or not at all (in ``equinox.nn.Sequential``), is filtered.
 
     Args:
       params: Pytree of parameters with named paths.
 
     Returns:
       Pytree of bools of the same structure.
+
+    Raises:
+      ValueError: params is a single array, which has no name.
 
     >>> import jax.numpy as jnp
     >>> from mofo_jax import all_but_norms_and_biases
@@ -45,6 +50,11 @@ def all_but_norms_and_biases(params: Any) -> Any:
     """
 
     def is_filtered(path: Any, _: Any) -> bool:
+        if not path:
+            raise ValueError(
+                "all_but_norms_and_biases needs named parameters, got a single array "
+                "(under optax.inject_hyperparams list filter_mask in static_args)"
+            )
         parts = re.split(r"[./]", _name(path).lower())
         if parts[-1] == "value" and len(parts) > 1:  # an nnx.Variable's
             parts.pop()
@@ -120,11 +130,11 @@ def check_dtypes(params: Any) -> None:
     """Raises unless all parameters are floating or complex."""
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
         dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
+        if not is_rankable(dtype):
             raise TypeError(
-                f"parameter {name} has dtype {dtype.name}, but only floating and "
-                "complex parameters can be filtered: leave it out by optax.masked or "
-                "optax.partition"
+                f"parameter {name} has dtype {dtype.name}, but only floating (of 16 "
+                "bits or more) and complex parameters can be filtered: leave it out by "
+                "optax.masked or optax.partition"
             )
 
 
@@ -139,16 +149,16 @@ def _name(path: Any) -> str:
 
 
 def _is_axes(x: Any) -> bool:
-    return isinstance(x, int | jax.Array) or (
-        isinstance(x, tuple | list) and all(type(a) is int for a in x)
-    )
+    if type(x) is tuple:  # a list or a named tuple is a pytree of axes
+        return all(isinstance(a, numbers.Integral) for a in x)
+    return bool(jax.tree_util.all_leaves([x]))
 
 
 def _broadcast(
     argument: str, tree: Any, params: Any, is_leaf: Callable[[Any], bool], default: Any
 ) -> list[Any]:
     """Leaves of a tree that is a prefix of params, as many as params has."""
-    if callable(tree):
+    if callable(tree) and jax.tree_util.all_leaves([tree]):  # no callable module
         tree = tree(params)
     if tree is None:
         return [default] * len(jax.tree.leaves(params))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mofo_jax.leaves import BlockAxesTree, resolve_block_axes
+from mofo_jax.leaves import BlockAxesTree, check_dtypes, resolve_block_axes
 from mofo_jax.selection import at_least_float32, check_alpha, select_mask
 
 
@@ -22,11 +22,17 @@ def distance(params: Any, reference: Any) -> jax.Array:
     Returns:
       Scalar, float32 for parameters of lower precision, which are raised first.
 
+    Raises:
+      ValueError: The structures or shapes differ.
+
     >>> import jax.numpy as jnp
     >>> from mofo_jax import distance
     >>> distance({"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([0.0, 5.0])})
     Array(5., dtype=float32)
     """
+    shapes = (jax.tree.map(jnp.shape, tree) for tree in (params, reference))
+    if len({str(tree) for tree in shapes}) > 1:
+        raise ValueError("params and reference must have the same structure and shapes")
     difference = jax.tree.map(
         lambda a, b: at_least_float32(a) - at_least_float32(b), params, reference
     )
@@ -67,6 +73,7 @@ def top_fraction_norm(
       Chen et al., `MoFO <https://arxiv.org/abs/2407.20999>`_, convergence analysis.
     """
     check_alpha(alpha)
+    check_dtypes(gradients)
     leaves = jax.tree.leaves(gradients)
     axes = resolve_block_axes(gradients, block_axes)
     masks = [
@@ -76,4 +83,5 @@ def top_fraction_norm(
         jnp.sum(jnp.where(mask, jnp.abs(at_least_float32(g)), 0))
         for g, mask in zip(leaves, masks, strict=True)
     ]
-    return sum(sums, jnp.zeros((), jnp.float32))
+    total: jax.Array = optax.tree.sum(sums)
+    return total

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mofo_jax.filter import Alpha, momentum_filter
+from mofo_jax.filter import Alpha, cast_like, momentum_filter
 from mofo_jax.leaves import BlockAxesTree, FilterMask
+from mofo_jax.selection import is_rankable
 
 
 def scale_by_mofo(
@@ -27,8 +28,20 @@ def scale_by_mofo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, for the entries with the largest momentum only.
 
-    See :func:`mofo_jax.mofo` for the formula and the arguments. This is
+    See :func:`mofo_jax.mofo` for the formula. This is
     :func:`mofo_jax.filter_by_momentum` around :func:`optax.scale_by_adam`.
+
+    Args:
+      alpha: Fraction of each block that moves, in (0, 1]: a number, a schedule of the
+        step, or a scalar array.
+      b1: Decay rate of the first moment.
+      b2: Decay rate of the second moment.
+      eps: Added to the denominator outside of the root.
+      eps_root: Added inside the root.
+      mu_dtype: Floating dtype of the first moment; None takes the parameters'.
+      nesterov: Whether to use Nesterov momentum.
+      filter_mask: Which leaves are filtered, see :func:`mofo_jax.filter_by_momentum`.
+      block_axes: How leaves are split into blocks, see there.
 
     Returns:
       A transformation whose state is a :class:`mofo_jax.FilterByMomentumState` around
@@ -36,17 +49,17 @@ def scale_by_mofo(
 
     Raises:
       ValueError, TypeError: see :func:`mofo_jax.filter_by_momentum`.
+
+    >>> import jax.numpy as jnp
+    >>> from mofo_jax import scale_by_mofo
+    >>> transformation = scale_by_mofo(alpha=0.5)
+    >>> state = transformation.init(jnp.zeros(4))
+    >>> updates, state = transformation.update(jnp.array([1.0, -3.0, 2.0, -4.0]), state)
+    >>> updates.round(3)
+    Array([ 0., -1.,  0., -1.], dtype=float32)
     """
-    adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-    # The learning rate's sign, applied later, makes this the negative zero that
-    # leaves every parameter as it is.
-    return momentum_filter(
-        adam,
-        alpha,
-        filter_mask=filter_mask,
-        block_axes=block_axes,
-        unselected=0.0,
-    )
+    adam = _scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
+    return _filter_before_sign_flip(adam, alpha, filter_mask, block_axes)
 
 
 def mofo(
@@ -90,6 +103,12 @@ def mofo(
     Without a learning rate this is :func:`mofo_jax.scale_by_mofo`, for use as
     ``optax.chain(mofo(alpha=0.1), optax.scale_by_learning_rate(lr))``.
 
+    Under :func:`optax.inject_hyperparams`, list ``filter_mask`` and ``block_axes`` in
+    ``static_args`` where they are given. The injected alpha is an array: the product
+    ``alpha * n`` is then rounded in its precision (float32, say) before the floor, so
+    that k may differ by one. With bfloat16 parameters pass
+    ``hyperparam_dtype=jnp.float32``, or b2 = 0.999 becomes 1.
+
     Args:
       learning_rate: A number, a schedule, or None to leave the updates unscaled.
       alpha: Fraction of each block that moves, in (0, 1]: a number, a schedule of the
@@ -98,7 +117,7 @@ def mofo(
       b2: Decay rate of the second moment.
       eps: Added to the denominator outside of the root.
       eps_root: Added inside the root.
-      mu_dtype: Dtype of the first moment; None takes the parameters'.
+      mu_dtype: Floating dtype of the first moment; None takes the parameters'.
       weight_decay: Decoupled decay as in :func:`optax.adamw`. As in the released
         code it is dense: it moves *every* entry, also those that the filter holds.
       mask: Which leaves decay, as in :func:`optax.adamw`.
@@ -130,43 +149,80 @@ def mofo(
       Chen et al., `MoFO: Momentum-Filtered Optimizer for Mitigating Forgetting in LLM
       Fine-Tuning <https://arxiv.org/abs/2407.20999>`_, 2024, Algorithm 1.
     """
-    _check_rate("learning_rate", learning_rate, optional=True)
-    _check_rate("weight_decay", weight_decay)
+    _check_number("learning_rate", learning_rate, "a schedule or None")
+    _check_number("weight_decay", weight_decay, "a schedule")
     # A decay of a plain 0 is left out: 0 times a parameter would still be computed.
     decays = not (isinstance(weight_decay, numbers.Real) and weight_decay == 0)
     decay = (
         optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
     )
-    adam = (b1, b2, eps, eps_root, mu_dtype)
+    adam = _scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
     if decay_selected_only:
-        inner = optax.chain(optax.scale_by_adam(*adam, nesterov=nesterov), decay)
-        decay = optax.identity()
-        filtered = momentum_filter(
-            inner,
-            alpha,
-            filter_mask=filter_mask,
-            block_axes=block_axes,
-            unselected=0.0,
-        )
-    else:
-        filtered = scale_by_mofo(
-            alpha,
-            *adam,
-            nesterov=nesterov,
-            filter_mask=filter_mask,
-            block_axes=block_axes,
-        )
+        adam, decay = optax.chain(adam, decay), optax.identity()
+    filtered = _filter_before_sign_flip(adam, alpha, filter_mask, block_axes)
     if learning_rate is None and not decays:
         return filtered
-    return optax.chain(filtered, decay, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(
+        filtered,
+        decay,
+        optax.scale_by_learning_rate(learning_rate),
+        _in_the_parameters_dtypes(),
+    )
 
 
-def _check_rate(name: str, rate: Any, optional: bool = False) -> None:
-    """Raises unless rate is a number, a scalar array or a schedule."""
-    if callable(rate) or (optional and rate is None):
+def _scale_by_adam(
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    eps_root: jax.typing.ArrayLike,
+    mu_dtype: jax.typing.DTypeLike | None,
+    nesterov: bool,
+) -> optax.GradientTransformation:
+    """:func:`optax.scale_by_adam` of checked arguments."""
+    values = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    for name, value in values.items():
+        _check_number(name, value)
+    try:
+        floating = mu_dtype is None or is_rankable(jnp.dtype(mu_dtype))
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(
+            f"mu_dtype must be a floating dtype of 16 bits or more, got {mu_dtype!r}"
+        )
+    return optax.scale_by_adam(**values, mu_dtype=mu_dtype, nesterov=nesterov)
+
+
+def _filter_before_sign_flip(
+    inner: optax.GradientTransformation,
+    alpha: Alpha,
+    filter_mask: FilterMask,
+    block_axes: BlockAxesTree,
+) -> optax.GradientTransformationExtraArgs:
+    # The learning rate's sign, applied later, makes this the negative zero that
+    # leaves every parameter as it is.
+    return momentum_filter(
+        inner, alpha, filter_mask=filter_mask, block_axes=block_axes, unselected=0.0
+    )
+
+
+def _in_the_parameters_dtypes() -> optax.GradientTransformation:
+    """Undoes what a learning rate of higher precision did to the updates' dtypes."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return updates if params is None else cast_like(updates, params)
+
+    return optax.stateless(update)
+
+
+def _check_number(name: str, value: Any, besides: str = "") -> None:
+    """Raises unless value is a real number, a scalar array, or what else is allowed."""
+    if ("schedule" in besides and callable(value)) or (
+        "None" in besides and value is None
+    ):
         return
-    is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
-    is_array = isinstance(rate, jax.Array | np.ndarray) and jnp.ndim(rate) == 0
-    if not (is_number or is_array):
-        allowed = "a number or a schedule" + (" or None" if optional else "")
-        raise TypeError(f"{name} must be {allowed}, got {rate!r}")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_scalar = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+    if not is_number and not (is_scalar and value.dtype.kind not in "OSU"):
+        allowed = f"a number, {besides}" if besides else "a number"
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")

@@ -7,6 +7,7 @@ step one pass that counts the entries at or above a candidate. Only counts cross
 devices, so the result is that of the global array whatever its sharding.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -50,14 +51,15 @@ def top_fraction_mask(
         None makes the whole array one block.
       method: ``"search"`` counts; it needs no temporary memory of x's size (but for
         complex x), runs on sharded arrays and moves only counts between devices.
-        ``"top_k"`` is the reference by :func:`jax.lax.top_k`, which sorts.
+        ``"top_k"`` is the reference by :func:`jax.lax.top_k`, which sorts, gathers
+        a sharded array, and does not run on mesh axes of Explicit type.
 
     Returns:
       Boolean array of x's shape.
 
     Raises:
-      TypeError: x is not floating or complex, alpha is not a number, or block_axes
-        are not integers.
+      TypeError: x is not complex or floating of 16 bits or more, alpha is not a
+        number, or block_axes are not integers.
       ValueError: alpha is outside (0, 1], a block axis is out of range or repeated,
         or the method is unknown.
 
@@ -68,20 +70,22 @@ def top_fraction_mask(
     """
     check_alpha(alpha)
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+    if not is_rankable(x.dtype):
         raise TypeError(
-            f"x must be a floating or complex array, got dtype {x.dtype.name}"
+            "x must be a floating (of 16 bits or more) or complex array, got dtype "
+            f"{x.dtype.name}"
         )
     check_method(method)
     return select_mask(x, alpha, normalize_block_axes(block_axes, x.shape), method)
 
 
 def check_alpha(alpha: Any) -> None:
-    """Raises unless alpha is a number in (0, 1] or a scalar floating array."""
+    """Raises unless alpha is a number in (0, 1] or a scalar array of one."""
     if isinstance(alpha, jax.Array | np.ndarray) and alpha.dtype != object:
-        if alpha.ndim or not jnp.issubdtype(alpha.dtype, jnp.floating):
+        real = (jnp.floating, jnp.integer)
+        if alpha.ndim or not any(jnp.issubdtype(alpha.dtype, kind) for kind in real):
             raise TypeError(
-                "alpha as an array must be a floating scalar, "
+                "alpha as an array must be a real scalar, "
                 f"got {alpha.dtype.name}{list(alpha.shape)}"
             )
         if isinstance(alpha, jax.core.Tracer):
@@ -94,8 +98,18 @@ def check_alpha(alpha: Any) -> None:
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """x, raised to float32 if of lower precision."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+    """x, raised to float32 if an integer or of lower precision."""
+    if not is_rankable(x.dtype) or jnp.finfo(x.dtype).bits < 32:
+        return x.astype(jnp.float32)
+    return x
+
+
+def is_rankable(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether magnitudes of the dtype can be ranked: floats of 16 bits up, complex.
+
+    Some formats of 8 bits and less have no sign bit, or a NaN below infinity.
+    """
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and jnp.dtype(dtype).itemsize >= 2
 
 
 def check_method(method: Any) -> None:
@@ -113,10 +127,13 @@ def normalize_block_axes(
     """
     if block_axes is None:
         return ()
-    axes: Any = (block_axes,) if isinstance(block_axes, int) else block_axes
+    axes: Any = block_axes
+    if isinstance(axes, numbers.Integral):
+        axes = (axes,)
     if not (
         isinstance(axes, Sequence)
-        and all(isinstance(a, int) and not isinstance(a, bool) for a in axes)
+        and all(isinstance(a, numbers.Integral) for a in axes)
+        and not any(isinstance(a, bool) for a in axes)
     ):
         raise TypeError(
             f"block_axes must be an int, a sequence of ints or None, got "
@@ -145,13 +162,28 @@ def select_mask(
     """
     axes = tuple(a for a in range(x.ndim) if a not in block_axes)
     n = math.prod(x.shape[a] for a in axes)
-    if x.size == 0 or n == 1 or _static_k(alpha, n) == n:
+    k = _static_k(alpha, n)
+    if x.size == 0 or n == 1 or k == n:
         return jnp.ones_like(x, dtype=bool)
     if jnp.iscomplexobj(x):
         x = jnp.abs(x)  # once: a root recomputed in every pass may round differently
     if method == "top_k":
         return _top_k_mask(x, alpha, n, block_axes + axes)
-    k = _k_limbs(alpha, n)
+    mask: jax.Array = _search_mask(x, k, None if k else alpha, axes)
+    return mask
+
+
+# Compiled once for each shape: without jit, eager loops compile at every call; and
+# the many leaves of one shape are traced once.
+@functools.partial(jax.jit, static_argnames=("static_k", "axes"))
+def _search_mask(
+    x: jax.Array,
+    static_k: int | None,
+    alpha: jax.Array | None,
+    axes: tuple[int, ...],
+) -> jax.Array:
+    n = math.prod(x.shape[a] for a in axes)
+    k = _k_limbs(static_k, alpha, n)
     threshold, reached = _search_threshold(x, k, axes)
     cut = _search_cut(x, threshold, counting.subtract(reached, k), axes)
     bits = _order_bits(x)
@@ -186,8 +218,8 @@ def _search_threshold(
 
     # At least k entries reach low, and fewer than k exceed high. A loop's carry must
     # keep its sharding and mesh axes of variation, so it starts from zeros made of x,
-    # which XLA turns into constants (or, on Explicit axes, one more pass).
-    low = jnp.max(_order_bits(x) & 0, axis=axes, keepdims=True)
+    # which XLA turns into constants.
+    low = jnp.max(_order_bits(x), axis=axes, keepdims=True) & 0
     high = low + np.iinfo(low.dtype).max
     n = counting.limbs(math.prod(x.shape[a] for a in axes), len(k))
     reached = tuple(low.astype(jnp.uint32) + limb for limb in n)
@@ -251,9 +283,8 @@ def _top_k_mask(
     k = _static_k(alpha, n)
     _, columns = lax.top_k(rows, n if k is None else k)
     ranks = jnp.arange(columns.shape[1], dtype=jnp.uint32)
-    chosen = jnp.broadcast_to(
-        counting.less((ranks,), _k_limbs(alpha, n)[-1:]), columns.shape
-    )
+    below_k = counting.less((ranks,), _k_limbs(k, alpha, n)[-1:])
+    chosen = jnp.broadcast_to(below_k, columns.shape)
     mask = jnp.zeros(rows.shape, bool)
     mask = mask.at[jnp.arange(rows.shape[0])[:, None], columns].set(chosen)
     shape = tuple(x.shape[a] for a in order)
@@ -274,20 +305,19 @@ def _order_bits(x: jax.Array) -> jax.Array:
 
 
 def _static_k(alpha: jax.typing.ArrayLike, n: int) -> int | None:
-    """k for a block of n entries, or None if alpha is known only at run time."""
-    if isinstance(alpha, jax.core.Tracer):
+    """k for a block of n entries, or None for an alpha that is an array."""
+    if not isinstance(alpha, numbers.Real):
         return None
-    if not isinstance(alpha, numbers.Real):  # an array: keep its precision
-        return None
-    return min(n, max(1, math.floor(alpha * n)))
+    return min(n, max(1, math.floor(float(alpha) * n)))
 
 
-def _k_limbs(alpha: jax.typing.ArrayLike, n: int) -> counting.Limbs:
+def _k_limbs(
+    static_k: int | None, alpha: jax.typing.ArrayLike | None, n: int
+) -> counting.Limbs:
     """k for a block of n entries, with as many limbs as a count of n has."""
     limbs = 1 if n < counting.LIMB_SIZE else 2
-    k = _static_k(alpha, n)
-    if k is not None:
-        return counting.limbs(k, limbs)
+    if static_k is not None:
+        return counting.limbs(static_k, limbs)
     alpha = at_least_float32(jnp.asarray(alpha))
     product = jnp.floor(alpha * np.array(n, alpha.dtype))
     product = jnp.where(product >= 1, product, 1)  # NaN, too, becomes 1

@@ -1,5 +1,7 @@
 """The filter keeps what it should, of any transformation, on any tree."""
 
+import collections
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -124,7 +126,7 @@ def test_random_score():
     "block_axes",
     [
         {"w": 0, "stack": (0, -1), "b": None, "s": None},
-        {"w": [0], "stack": (0, 2), "b": (), "s": None},
+        {"w": np.int64(0), "stack": (0, 2), "b": (), "s": None},
         lambda params: {"w": 0, "stack": (0, 2), "b": None, "s": None},
     ],
 )
@@ -300,6 +302,51 @@ def filtered_names(params):
     }
 
 
+def test_containers_of_axes_and_masks():
+    """Lists and named tuples are pytrees, and a callable module is no function."""
+    params = [jnp.ones((3, 4)), jnp.ones((3, 4))]
+    pair = collections.namedtuple("pair", "w b")
+    for wrap in (lambda leaves: leaves, lambda leaves: pair(*leaves)):
+        optimizer = mofo(0.1, alpha=0.1, block_axes=wrap([0, 1]))
+        updates, _ = optimizer.update(wrap(params), optimizer.init(wrap(params)))
+        assert [int((u != 0).sum()) for u in updates] == [3, 4]
+    key = jax.random.key(0)
+    module = eqx.filter(eqx.nn.MLP(2, 3, 4, 1, key=key), eqx.is_inexact_array)
+    mask = jax.tree.map(lambda p: p.ndim > 1, module)
+    optimizer = mofo(0.1, alpha=0.1, filter_mask=mask)
+    updates, _ = optimizer.update(module, optimizer.init(module), module)
+    assert (updates.layers[0].weight != 0).sum() == 1
+    assert (updates.layers[0].bias != 0).all()
+
+
+def test_the_predicate_needs_names():
+    injected = optax.inject_hyperparams(mofo)(0.1, filter_mask=all_but_norms_and_biases)
+    with pytest.raises(ValueError, match=r"named parameters, .* static_args"):
+        injected.init(PARAMS)
+
+
+@pytest.mark.parametrize("kind", ["gradients", "rate", "weak", "injected"])
+def test_dtypes_stay_those_of_the_parameters(kind):
+    params = {"w": jnp.ones((3, 10), jnp.bfloat16), "b": jnp.ones(4)}
+    gradients = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    optimizer = mofo(jnp.float32(0.1) if kind == "rate" else 0.1)
+    if kind == "weak":
+        params = gradients = jax.tree.map(lambda p: jnp.full(p.shape, 1.0), params)
+    if kind == "injected":
+        optimizer = optax.inject_hyperparams(mofo)(0.1)
+    describe = lambda tree: jax.tree.map(jax.typeof, tree)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+        update = jax.jit(optimizer.update)
+        for _ in range(3):
+            updates, new_state = update(gradients, state, params)
+            assert describe(new_state) == describe(state)
+            assert optax.tree.dtype(updates["w"]) == params["w"].dtype
+            assert optax.tree.dtype(updates["b"]) == params["b"].dtype
+            state = new_state
+    assert update._cache_size() == 1
+
+
 def test_names_of_norms_and_biases():
     assert filtered_names(nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)) == {
         "proj/kernel/value"
@@ -398,9 +445,10 @@ def test_bad_scores():
     for score in (
         lambda g, u, s, p: jax.tree.map(lambda x: x[:2], u),
         lambda g, u, s, p: jax.tree.map(lambda x: x.astype(int), u),
+        lambda g, u, s, p: list(u.values()),
     ):
         optimizer = filter_by_momentum(optax.adam(0.1), score=score)
-        with pytest.raises(ValueError, match="score must return floating or complex"):
+        with pytest.raises(ValueError, match="score must return a floating or complex"):
             optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 

@@ -85,7 +85,7 @@ def test_inject_hyperparams():
     assert state.hyperparams["alpha"] == 0.5
     static = optax.inject_hyperparams(mofo, static_args=("filter_mask", "block_axes"))
     optimizer = static(0.05, 0.5, filter_mask=all_but_norms_and_biases, block_axes=0)
-    step, state = make_step(optimizer), optimizer.init({"w": PARAMS["w"]} | PARAMS)
+    step, state = make_step(optimizer), optimizer.init(PARAMS)
     assert moved(step(PARAMS, state)[0])["w"] == 12
 
 

@@ -37,6 +37,10 @@ def test_top_fraction_norm():
 
 
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="same structure and shapes"):
+        distance(jnp.ones((3, 1)), jnp.ones((1, 3)))
+    with pytest.raises(TypeError, match="parameter w has dtype int32"):
+        top_fraction_norm({"w": jnp.arange(3)}, 0.5)
     with pytest.raises(ValueError, match="alpha must be in"):
         top_fraction_norm(jnp.ones(3), 0.0)
     with pytest.raises(ValueError, match="out of range for parameter w"):

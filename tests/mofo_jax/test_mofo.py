@@ -181,7 +181,6 @@ def test_state_is_found_and_mapped():
 def test_moments_are_dense():
     params, gradients = problem()
     _, state = run(mofo(0.1, 0.05), params, gradients)
-    _, adam = run(optax.scale_by_adam(), params, []), None
     with jax.numpy_dtype_promotion("standard"):
         _, adam = run(optax.adam(0.1), params, gradients)
     for name in ("mu", "nu"):
@@ -251,8 +250,12 @@ def test_gradient_descent_variant_converges():
     ("make", "error", "message"),
     [
         (lambda: mofo("1e-3"), TypeError,
-         "learning_rate must be a number or a schedule or None, got '1e-3'"),
+         "learning_rate must be a number, a schedule or None, got '1e-3'"),
         (lambda: mofo(1e-3, weight_decay="x"), TypeError, "weight_decay must be"),
+        (lambda: mofo(np.array("a")), TypeError, "learning_rate must be"),
+        (lambda: mofo(1e-3, b1="0.9"), TypeError, "b1 must be a number, got '0.9'"),
+        (lambda: mofo(1e-3, mu_dtype="int32"), TypeError, "mu_dtype .* got 'int32'"),
+        (lambda: mofo(1e-3, mu_dtype="foo"), TypeError, "mu_dtype .* got 'foo'"),
         (lambda: mofo(1e-3, 0), ValueError, r"alpha must be in \(0, 1\], got 0"),
         (lambda: mofo(alpha=float("nan")), ValueError, "got nan"),
         (lambda: scale_by_mofo("a"), TypeError, "alpha must be a number"),

@@ -1,12 +1,15 @@
 """Optax's own tests for contributed optimizers, run with MoFO in their list."""
 
+import functools
 import importlib.util
+import inspect
 import sys
 import types
 
 import jax
 import pytest
 from optax import contrib
+from optax._src import base
 
 import mofo_jax
 
@@ -44,12 +47,26 @@ def load_suite() -> types.ModuleType:
     return module
 
 
+@functools.wraps(mofo_jax.mofo)
+def mofo(*args, **kwargs):
+    return mofo_jax.mofo(*args, **kwargs)
+
+
+# The suite tries schedules only where the annotation is this very one, without None.
+signature = inspect.signature(mofo_jax.mofo)
+parameters = dict(signature.parameters)
+parameters["learning_rate"] = parameters["learning_rate"].replace(
+    annotation=base.ScalarOrSchedule
+)
+mofo.__signature__ = signature.replace(parameters=list(parameters.values()))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def mofo_in_contrib():
     # The suite looks optimizers up by name in optax.contrib; and neither it nor
     # Optax is written for strict promotion.
     patch = pytest.MonkeyPatch()
-    patch.setattr(contrib, "mofo", mofo_jax.mofo, raising=False)
+    patch.setattr(contrib, "mofo", mofo, raising=False)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
     patch.undo()

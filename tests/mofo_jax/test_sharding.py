@@ -24,6 +24,16 @@ def mesh_of(axis_type):
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
 
 
+def assert_only_counts_cross(compiled, blocks):
+    """What crosses devices is a count or flag per block, nothing of x's size."""
+    moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (all-|collective-)(\w+)", compiled)
+    assert moved
+    for dtype, shape, _, kind in moved:
+        entries = np.prod([int(d) for d in shape.split(",") if d])
+        assert kind.startswith("reduce") and dtype in ("u32", "pred"), moved
+        assert entries <= blocks, moved
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("block_axes", [None, 0, 1])
@@ -37,13 +47,16 @@ def test_mask_of_a_sharded_array(axis_type, spec, block_axes):
         mask = select(x)
     np.testing.assert_array_equal(mask, expected)
     assert mask.sharding.is_equivalent_to(x.sharding, 2)
-    # What crosses devices: a count or flag per block, nothing of x's size.
-    moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (all-|collective-)(\w+)", compiled)
-    assert moved
-    for dtype, shape, _, kind in moved:
-        entries = np.prod([int(d) for d in shape.split(",") if d])
-        assert kind.startswith("reduce") and dtype in ("u32", "s32", "pred"), moved
-        assert entries <= 128, moved
+    assert_only_counts_cross(compiled, 1 if block_axes is None else 128)
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (56, 24), (8, 24), (1000, 48)])
+def test_groups_do_not_cross_shards(shape):
+    """Axes of few entries a shard, where a group of 16 would be gathered."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    select = jax.jit(lambda x: top_fraction_mask(x, 0.3))
+    assert_only_counts_cross(select.lower(x).compile().as_text(), 1)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

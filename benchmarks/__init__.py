@@ -1,0 +1,1 @@
+"""Programs that measure mofo_jax; each writes its numbers to files."""
