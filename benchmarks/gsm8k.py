@@ -17,13 +17,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from examples.llama.train import (
-    Config,
-    bar_style,
-    environment,
-    errors_on_one_line,
-    train,
-)
+from examples import terminal
+from examples.llama.train import Config, environment, train
 
 # Method, alpha, learning rate.
 RUNS = (
@@ -91,7 +86,10 @@ def measure(args: Args) -> dict[str, Any]:
             raise ValueError(f"{args.output}: holds runs of other settings or versions")
         results = earlier
     runs = results["runs"]
-    with tempfile.TemporaryDirectory() as scratch, tqdm(RUNS, **bar_style()) as bar:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tqdm(RUNS, **terminal.bar_style()) as bar,
+    ):
         for method, alpha, learning_rate in bar:
             run = {"method": method, "alpha": alpha, "learning_rate": learning_rate}
             bar.set_description(name(run))
@@ -244,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; errors end it as they end examples.llama.train."""
     program = "python -m benchmarks.gsm8k"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
-    with errors_on_one_line("gsm8k"):
+    with terminal.errors_on_one_line("gsm8k"):
         if args.output.is_dir() or args.output.suffix == ".md":
             raise ValueError(f"output must be a JSON file, got {args.output}")
         args.output.parent.mkdir(parents=True, exist_ok=True)

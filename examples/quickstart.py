@@ -23,6 +23,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
+from examples import terminal
 from examples.llama.model import Llama, LlamaConfig
 from mofo_jax import all_but_norms_and_biases, distance, mofo
 
@@ -117,7 +118,9 @@ def pretrain(config: Config, old: jax.Array) -> tuple[Any, Any]:
     graphdef, params = nnx.split(model, nnx.Param)
     step = functools.partial(train_step, graphdef=graphdef, alpha=None)
     state = make_optimizer(None, 0.0).init(params)
-    bar = tqdm(range(config.pretraining_steps), desc="pretraining")
+    bar = tqdm(
+        range(config.pretraining_steps), desc="pretraining", **terminal.bar_style()
+    )
     for i in bar:
         params, state, loss = step(params, state, old, jnp.float32(3e-3))
         if i % 20 == 19:
@@ -207,7 +210,7 @@ def main(config: Config) -> list[dict]:
     graphdef, pretrained = pretrain(config, old)
     runs = []
     total = len(METHODS) * len(LEARNING_RATES) * config.steps
-    with tqdm(total=total, desc="fine-tuning") as bar:
+    with tqdm(total=total, desc="fine-tuning", **terminal.bar_style()) as bar:
         for method, alpha in METHODS.items():
             for rate in LEARNING_RATES:
                 bar.set_description(f"{method}, learning rate {rate:.0e}")

@@ -5,7 +5,6 @@ python -m examples.llama.generate --model MODEL --tokenizer TOKENIZER --prompt T
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import tyro
 from flax import nnx
 from jax.typing import ArrayLike
 
+from examples import terminal
 from examples.llama.checkpoint import load_model
 from examples.llama.model import Llama
 from examples.llama.tokenizer import END, START, load_llama2c_tokenizer
@@ -175,11 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: prints the text, or one line of error with exit code 2."""
     program = "python -m examples.llama.generate"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
-    try:
+    with terminal.errors_on_one_line("generate"):
         text = continue_text(args)
-    except (OSError, ValueError) as error:
-        print(f"generate: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(text)
 
 

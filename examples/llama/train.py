@@ -6,16 +6,13 @@ distance from the pretrained weights. The output directory gets config.json,
 metrics.jsonl, losses.png and the model.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
-import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +26,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from examples import terminal
 from examples.llama import data
 from examples.llama.checkpoint import load_model, save_model
 from examples.llama.tokenizer import load_llama2c_tokenizer
@@ -187,7 +185,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     write_config(config, {"data": training, "eval_data": held_out})
     lines = (config.output / "metrics.jsonl").open("x")
     show = {"total": config.steps, "mininterval": 0, "disable": not progress}
-    with lines as metrics, tqdm(**show, **bar_style()) as bar:
+    with lines as metrics, tqdm(**show, **terminal.bar_style()) as bar:
 
         def log(step: int, values: dict[str, float]) -> None:
             """Writes a line of metrics.jsonl, and stops the run at a loss like NaN."""
@@ -255,13 +253,6 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     }
 
 
-def bar_style() -> dict[str, Any]:
-    """For tqdm, which draws nothing where a terminal does not tell its size."""
-    columns, lines = shutil.get_terminal_size()
-    times = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    return {"bar_format": times, "ncols": columns, "nrows": lines}
-
-
 def write_config(config: Config, datasets: dict[str, data.Dataset]) -> None:
     """Writes config.json: every setting, what became of the records, and versions."""
     values: dict[str, Any] = dataclasses.asdict(config)
@@ -308,21 +299,11 @@ def plot(metrics: Path, image: Path) -> None:
     figure.savefig(image)
 
 
-@contextlib.contextmanager
-def errors_on_one_line(program: str) -> Iterator[None]:
-    """Ends the process with a line on stderr: exit code 2, or 1 for an odd loss."""
-    try:
-        yield
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exit code 2 for a bad argument or file, 1 for an odd loss."""
     program = "python -m examples.llama.train"
     config = tyro.cli(Config, prog=program, args=argv, description=__doc__)
-    with errors_on_one_line("train"):
+    with terminal.errors_on_one_line("train"):
         train(config)
 
 

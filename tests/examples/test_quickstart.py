@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from matplotlib import image
@@ -20,6 +21,7 @@ def test_world():
     assert (old == again).all() and (old != other).any()
 
 
+@jax.numpy_dtype_promotion("standard")  # optax.adamw divides float by int
 def test_quickstart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "LEARNING_RATES", (1e-3,))
     config = quickstart.Config(output=tmp_path / "out", steps=60)
@@ -40,6 +42,7 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert picture.shape[0] > 300 and picture.std() > 0.05
 
 
+@jax.numpy_dtype_promotion("standard")
 def test_gives_up_clearly(tmp_path):
     config = quickstart.Config(output=tmp_path, pretraining_steps=20)
     with pytest.raises(RuntimeError, match=r"after 20 steps .* --pretraining-steps"):

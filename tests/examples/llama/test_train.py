@@ -20,13 +20,13 @@ import pytest
 from flax import nnx
 from tqdm import tqdm
 
+from examples import terminal
 from examples.llama.checkpoint import load_model, save_model
 from examples.llama.data import load_gsm8k, load_text, shuffled_batches
 from examples.llama.model import Llama, LlamaConfig
 from examples.llama.tokenizer import load_llama2c_tokenizer
 from examples.llama.train import (
     Config,
-    bar_style,
     check,
     main,
     make_optimizer,
@@ -468,9 +468,9 @@ def test_real_model_forgets_less_with_mofo(data_dir, command, tmp_path, monkeypa
 
 def test_bar_in_a_terminal_of_unknown_size(monkeypatch):
     leader, follower = os.openpty()
-    with open(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with tqdm(total=3, **bar_style()) as bar:
+    with open(follower, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        with tqdm(total=3, **terminal.bar_style()) as bar:
             bar.update(3)
         monkeypatch.undo()
         shown = os.read(leader, 10_000).decode()
