@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mofo_jax.checks import Method, check_alpha, check_method, is_rankable
 from mofo_jax.leaves import (
     BlockAxesTree,
     FilterMask,
@@ -16,13 +17,7 @@ from mofo_jax.leaves import (
     resolve_block_axes,
     resolve_mask,
 )
-from mofo_jax.selection import (
-    Method,
-    check_alpha,
-    check_method,
-    is_rankable,
-    select_mask,
-)
+from mofo_jax.selection import select_mask
 
 Score = str | Callable[[Any, Any, Any, Any], Any]
 Alpha = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]

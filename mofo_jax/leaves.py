@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mofo_jax.selection import is_rankable, normalize_block_axes
+from mofo_jax.checks import is_rankable, normalize_block_axes
 
 # A pytree of bools like the parameters, a prefix of one, or a function that makes one.
 FilterMask = Any

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mofo_jax.checks import at_least_float32, check_alpha
 from mofo_jax.leaves import BlockAxesTree, check_dtypes, resolve_block_axes
-from mofo_jax.selection import at_least_float32, check_alpha, select_mask
+from mofo_jax.selection import select_mask
 
 
 def distance(params: Any, reference: Any) -> jax.Array:

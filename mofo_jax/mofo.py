@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mofo_jax.checks import is_rankable
 from mofo_jax.filter import Alpha, cast_like, momentum_filter
 from mofo_jax.leaves import BlockAxesTree, FilterMask
-from mofo_jax.selection import is_rankable
 
 
 def scale_by_mofo(
