@@ -161,7 +161,8 @@ def momentum_filter(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> FilterByMomentumState:
-        state = _without_weak_types(inner.init(params))
+        state = inner.init(params)
+        state = cast_like(state, state)  # no dtype is weak, as none is after a step
         # Optax also calls init with a placeholder that has no leaves.
         if jax.tree.leaves(params):
             check_dtypes(params)
@@ -270,20 +271,12 @@ def _check_scores(scores: Any, updates: Any) -> None:
         )
 
 
-def _without_weak_types(state: Any) -> Any:
-    """The state as it is after a step, which leaves no dtype weak."""
-    return jax.tree.map(lambda x: x.astype(x.dtype) if _is_inexact(x) else x, state)
-
-
 def cast_like(tree: Any, like: Any) -> Any:
     """Floating and complex arrays of the tree, in the dtypes of another one."""
-    return jax.tree.map(
-        lambda x, y: x.astype(jnp.result_type(y)) if _is_inexact(x) else x,
-        tree,
-        like,
-        is_leaf=lambda x: x is None,
-    )
 
+    def cast(x: Any, y: Any) -> Any:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact):
+            return x.astype(jnp.result_type(y))
+        return x
 
-def _is_inexact(x: Any) -> bool:
-    return isinstance(x, jax.Array) and bool(jnp.issubdtype(x.dtype, jnp.inexact))
+    return jax.tree.map(cast, tree, like, is_leaf=lambda x: x is None)

@@ -149,8 +149,10 @@ def mofo(
       Chen et al., `MoFO: Momentum-Filtered Optimizer for Mitigating Forgetting in LLM
       Fine-Tuning <https://arxiv.org/abs/2407.20999>`_, 2024, Algorithm 1.
     """
-    _check_number("learning_rate", learning_rate, "a schedule or None")
-    _check_number("weight_decay", weight_decay, "a schedule")
+    if learning_rate is not None and not callable(learning_rate):
+        _check_number("learning_rate", learning_rate, "a number, a schedule or None")
+    if not callable(weight_decay):
+        _check_number("weight_decay", weight_decay, "a number, a schedule")
     # A decay of a plain 0 is left out: 0 times a parameter would still be computed.
     decays = not (isinstance(weight_decay, numbers.Real) and weight_decay == 0)
     decay = (
@@ -215,14 +217,9 @@ def _in_the_parameters_dtypes() -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _check_number(name: str, value: Any, besides: str = "") -> None:
-    """Raises unless value is a real number, a scalar array, or what else is allowed."""
-    if ("schedule" in besides and callable(value)) or (
-        "None" in besides and value is None
-    ):
-        return
+def _check_number(name: str, value: Any, allowed: str = "a number") -> None:
+    """Raises unless value is a real number or a scalar array."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     is_scalar = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
     if not is_number and not (is_scalar and value.dtype.kind not in "OSU"):
-        allowed = f"a number, {besides}" if besides else "a number"
         raise TypeError(f"{name} must be {allowed}, got {value!r}")

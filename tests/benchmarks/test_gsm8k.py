@@ -2,7 +2,6 @@
 
 import json
 import re
-import struct
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ from benchmarks.gsm8k import main, report, same_learning_rate, same_loss
 from examples.llama.checkpoint import save_model
 from examples.llama.model import Llama, LlamaConfig
 from examples.llama.train import Config, train
+from tests.examples.llama.llama2c_files import BASE, write_tokenizer
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "gsm8k_stories260k.json"
 
@@ -115,17 +115,7 @@ def test_table():
 def data(tmp_path_factory):
     """A directory as the benchmark reads it, with a tiny model in place of the real."""
     root = tmp_path_factory.mktemp("data")
-    pieces = [
-        "<unk>",
-        "\n<s>\n",
-        "\n</s>\n",
-        *(f"<0x{b:02X}>" for b in range(256)),
-        " ",
-    ]
-    with (root / "tok512.bin").open("wb") as file:
-        file.write(struct.pack("<i", 7))
-        for piece in pieces:
-            file.write(struct.pack("<fi", 0.0, len(piece)) + piece.encode())
+    write_tokenizer(root / "tok512.bin", ["<unk>", *BASE, " "])
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=8,

@@ -1,4 +1,4 @@
-"""Small llama2.c checkpoints for the tests, written as its export does."""
+"""Small llama2.c checkpoints and tokenizers, written as its export does."""
 
 import re
 import struct
@@ -15,6 +15,9 @@ HEADER = {
     "vocab_size": 50,
     "seq_len": 24,
 }
+
+# The tokens after <unk> that every tokenizer begins with.
+BASE = ["\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256))]
 
 
 def tensor_shapes(header):
@@ -49,6 +52,18 @@ def write_llama2c(path, **changes):
             weight = rng.normal(scale=0.2, size=shape) + ("norm" in name)
             weight = np.full(shape, np.nan) if "rope" in name else weight
             file.write(weight.astype("<f4").tobytes())
+    return path
+
+
+def write_tokenizer(path, pieces, scores=None, longest=None):
+    entries = [piece.encode() for piece in pieces]
+    if scores is None:
+        scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
+    longest = max(map(len, entries)) if longest is None else longest
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", longest))
+        for score, piece in zip(scores, entries, strict=False):
+            file.write(struct.pack("<fi", score, len(piece)) + piece)
     return path
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import struct
 from itertools import chain, islice
 
 import numpy as np
@@ -21,21 +20,15 @@ from examples.llama.data import (
     tokenize,
 )
 from examples.llama.tokenizer import END, START, load_llama2c_tokenizer
+from tests.examples.llama.llama2c_files import BASE, write_tokenizer
 
-SPECIAL = ["<unk>", "\n<s>\n", "\n</s>\n"]
 PIECES = [*" <|>aensrtu4", "s>", "an", " a", " an", "ans", "us", "er"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tiny.bin"
-    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
-    with path.open("wb") as file:
-        file.write(struct.pack("<i", 7))
-        for score, piece in enumerate(pieces):
-            data = piece.encode()
-            file.write(struct.pack("<fi", -score, len(data)) + data)
-    return load_llama2c_tokenizer(path)
+    return load_llama2c_tokenizer(write_tokenizer(path, ["<unk>", *BASE, *PIECES]))
 
 
 def text_of(ids, tokenizer):

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from examples.llama.tokenizer import load_llama2c_tokenizer
-from tests.examples.llama.llama2c_files import refused
+from tests.examples.llama.llama2c_files import BASE, refused, write_tokenizer
 
-BASE = ["\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256))]
 WORDS = [
     " t",
     "he",
@@ -32,18 +31,6 @@ WORDS = [
     "<",
 ]
 LETTERS = [*" abcdehst\n>", "▁"]
-
-
-def write_tokenizer(path, pieces, scores=None, longest=None):
-    entries = [piece.encode() for piece in pieces]
-    if scores is None:
-        scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
-    longest = max(map(len, entries)) if longest is None else longest
-    with path.open("wb") as file:
-        file.write(struct.pack("<i", longest))
-        for score, piece in zip(scores, entries, strict=False):
-            file.write(struct.pack("<fi", score, len(piece)) + piece)
-    return path
 
 
 def read_tokenizer(path):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from examples.llama.train import (
     make_optimizer,
     train,
 )
+from tests.examples.llama.llama2c_files import BASE, write_tokenizer
 
 ROOT = Path(__file__).parents[3]
 REAL = {
@@ -49,11 +49,7 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
     names = "model", "tokenizer", "data", "eval_data", "retain_data"
     paths = {name: root / name for name in names}
-    bytes_ = [f"<0x{byte:02X}>".encode() for byte in range(256)]
-    with paths["tokenizer"].open("wb") as file:
-        file.write(struct.pack("<i", 7))
-        for piece in [b"<unk>", b"\n<s>\n", b"\n</s>\n", *bytes_, b" "]:
-            file.write(struct.pack("<fi", 0.0, len(piece)) + piece)
+    write_tokenizer(paths["tokenizer"], ["<unk>", *BASE, " "])
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=16,
