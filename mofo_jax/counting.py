@@ -8,32 +8,82 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # An exact non-negative integer of any size as uint32 limbs, most significant first.
 Limbs = tuple[jax.Array, ...]
 
-# Counts below this fit one uint32 limb. A name so that a test can lower it.
-LIMB_SIZE = 2**32
+# Counts and indices below this fit one limb. A name so that a test can lower it.
+LIMB_SIZE = 2**31
 
 # XLA on the CPU leaves a reduction over at most 32 entries whole.
 _GROUP = 16
 
 
-def limbs(value: int, limbs: int) -> Limbs:
-    return tuple(jnp.uint32(part) for part in divmod(value, 2**32)[2 - limbs :])
+def on_one_cpu_device() -> bool:
+    """Whether programs of this process run on a single CPU device, most likely.
+
+    A wrong guess, as when lowering for another platform, costs time only.
+    """
+    return jax.device_count() == 1 and jax.default_backend() == "cpu"
 
 
-def count(marks: jax.Array, axes: tuple[int, ...]) -> Limbs:
-    """How many marks are true along the axes, which are kept with size 1."""
+def limbs(values: list[int], limbs: int) -> Limbs:
+    """Integers ``[1, len(values)]``."""
+    parts = zip(*(divmod(value, 2**32)[2 - limbs :] for value in values), strict=True)
+    return tuple(jnp.asarray(np.array([part], np.uint32)) for part in parts)
+
+
+def count(
+    marks: list[jax.Array], axes: tuple[int, ...], zero: jax.Array
+) -> list[Limbs]:
+    """How many marks of each array are true along the axes, kept with size 1.
+
+    ``zero`` is an int32 scalar of value 0 that the compiler cannot know to be 0.
+    """
     # On the CPU, XLA splits a long reduction into stages and writes out what the
-    # first one reads. Groups short enough for one stage are summed as they come.
-    counts: Limbs = lax.platform_dependent(
+    # first one reads. It leaves one of several operands whole, if all of them matter...
+    if on_one_cpu_device() and marks[0].ndim - 1 in axes:
+        return _sum_rows(marks, axes, zero)
+    # ... and one so short that it is a single stage.
+    counts: list[Limbs] = lax.platform_dependent(
         marks,
-        cpu=lambda m: _sum(_sum_groups(m, axes), axes, m.shape),
-        default=lambda m: _sum(m, axes, m.shape),
+        cpu=lambda ms: [_sum(_sum_groups(m, axes), axes, m.shape) for m in ms],
+        default=lambda ms: [_sum(m, axes, m.shape) for m in ms],
     )
     return counts
+
+
+def _sum_rows(
+    marks: list[jax.Array], axes: tuple[int, ...], zero: jax.Array
+) -> list[Limbs]:
+    """Sums axis by axis from the last one on, all arrays in one kernel for each axis.
+
+    A row along the last axis, less than LIMB_SIZE entries, is summed by one thread.
+    """
+    shape = marks[0].shape
+    counts = [m.astype(jnp.uint32) for m in marks]
+    if len(counts) == 1:
+        counts.append(jnp.broadcast_to(zero.astype(jnp.uint32), shape))
+    remaining = sorted(axes)
+    done: list[int] = []
+    while remaining:
+        if math.prod(shape[a] for a in (*done, remaining[-1])) >= LIMB_SIZE:
+            break
+        done.append(remaining.pop())
+        sums = lax.reduce(
+            counts,
+            [jnp.uint32(0)] * len(counts),
+            lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
+            (done[-1],),
+        )
+        counts = [jnp.expand_dims(c, done[-1]) for c in sums]
+    if len(marks) == 1:
+        counts = [counts[0] + counts[1]]
+    if remaining:
+        return [_sum(c, tuple(remaining), shape) for c in counts]
+    return [(c,) for c in counts]
 
 
 def _sum_groups(marks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -95,8 +145,9 @@ def where(condition: jax.Array, a: Limbs, b: Limbs) -> Limbs:
     return tuple(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True))
 
 
-def bit(position: jax.Array, width: int) -> jax.Array:
-    """The integer with that bit set, or 0 for a bit outside the limb."""
-    shift = jnp.clip(position, 0, 31).astype(jnp.uint32)
-    inside = (position >= 0) & (position < width)
-    return jnp.where(inside, jnp.left_shift(jnp.uint32(1), shift), jnp.uint32(0))
+def to_float(a: Limbs) -> jax.Array:
+    """Nearest float32, for estimates."""
+    value = a[-1].astype(jnp.float32)
+    for limb in a[:-1]:
+        value = value + limb.astype(jnp.float32) * np.float32(2.0**32)
+    return value

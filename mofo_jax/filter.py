@@ -17,7 +17,7 @@ from mofo_jax.leaves import (
     resolve_block_axes,
     resolve_mask,
 )
-from mofo_jax.selection import select_mask
+from mofo_jax.selection import no_guess, select_masks
 
 Score = str | Callable[[Any, Any, Any, Any], Any]
 Alpha = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
@@ -33,10 +33,15 @@ class FilterByMomentumState(NamedTuple):
       step: int32 scalar, number of updates so far; schedules of alpha and random
         scores read it. Not named count, so that ``optax.tree.get(state, "count")``
         finds the inner one.
+      threshold: int32 vector, for each block of the filtered leaves in order the bits
+        of a magnitude that exactly the selected scores reach, ties aside (the upper 32
+        bits of a float64), -1 before the first step. The next search starts there. It
+        decides how long that takes, never what is selected, so any integers will do.
     """
 
     inner_state: optax.OptState
     step: jax.Array
+    threshold: jax.Array
 
 
 def filter_by_momentum(
@@ -163,14 +168,17 @@ def momentum_filter(
     def init_fn(params: Any) -> FilterByMomentumState:
         state = inner.init(params)
         state = cast_like(state, state)  # no dtype is weak, as none is after a step
+        shapes, axes = [], []
         # Optax also calls init with a placeholder that has no leaves.
-        if jax.tree.leaves(params):
+        if leaves := jax.tree.leaves(params):
             check_dtypes(params)
-            resolve_block_axes(params, block_axes)
             filtered = resolve_mask(params, filter_mask)
+            shapes = _where(filtered, [jnp.shape(leaf) for leaf in leaves])
+            axes = _where(filtered, resolve_block_axes(params, block_axes))
             if score == "momentum":
                 first_moments(state, params, filtered)
-        return FilterByMomentumState(state, jnp.zeros([], jnp.int32))
+        step = jnp.zeros([], jnp.int32)
+        return FilterByMomentumState(state, step, no_guess(shapes, axes))
 
     def update_fn(
         updates: Any, state: FilterByMomentumState, params: Any = None, **extra: Any
@@ -207,26 +215,31 @@ def momentum_filter(
             tree = score(gradients, updates, inner_state, params)
             _check_scores(tree, updates)
             scores = jax.tree.leaves(tree)
+        masks, threshold = select_masks(
+            _where(filtered, scores),
+            fraction,
+            _where(filtered, axes),
+            method,
+            state.threshold,
+        )
+        rest = iter(masks)
         kept = [
-            _keep_selected(u, s, fraction, a, method, unselected) if f else u
-            for u, s, f, a in zip(leaves, scores, filtered, axes, strict=True)
+            _keep(u, next(rest), unselected) if f else u
+            for u, f in zip(leaves, filtered, strict=True)
         ]
         updates = jax.tree.unflatten(treedef, kept)
         step = optax.safe_increment(step)
-        return updates, FilterByMomentumState(inner_state, step)
+        return updates, FilterByMomentumState(inner_state, step, threshold)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _keep_selected(
-    update: jax.Array,
-    score: jax.Array,
-    alpha: jax.typing.ArrayLike,
-    block_axes: tuple[int, ...],
-    method: Method,
-    unselected: complex,
-) -> jax.Array:
-    mask = select_mask(score, alpha, block_axes, method)
+def _where(filtered: list[bool], values: list[Any]) -> list[Any]:
+    """The values of the leaves that are filtered."""
+    return [value for f, value in zip(filtered, values, strict=True) if f]
+
+
+def _keep(update: jax.Array, mask: jax.Array, unselected: complex) -> jax.Array:
     if jnp.iscomplexobj(update):
         unselected = complex(unselected, unselected)
     return jnp.where(mask, update, jnp.array(unselected, update.dtype))

@@ -8,7 +8,7 @@ import optax
 
 from mofo_jax.checks import at_least_float32, check_alpha
 from mofo_jax.leaves import BlockAxesTree, check_dtypes, resolve_block_axes
-from mofo_jax.selection import select_mask
+from mofo_jax.selection import select_masks
 
 
 def distance(params: Any, reference: Any) -> jax.Array:
@@ -77,9 +77,7 @@ def top_fraction_norm(
     check_dtypes(gradients)
     leaves = jax.tree.leaves(gradients)
     axes = resolve_block_axes(gradients, block_axes)
-    masks = [
-        select_mask(g, alpha, a, "search") for g, a in zip(leaves, axes, strict=True)
-    ]
+    masks, _ = select_masks(leaves, alpha, axes)
     sums = [
         jnp.sum(jnp.where(mask, jnp.abs(at_least_float32(g)), 0))
         for g, mask in zip(leaves, masks, strict=True)

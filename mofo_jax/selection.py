@@ -1,10 +1,9 @@
 """Exact top-fraction masks of arrays. Knows nothing of optimizers.
 
 The mask of the k largest magnitudes of a block is found by counting, not by
-sorting: magnitudes are read as integers (the bit pattern of a non-negative float
-is ordered as the float is), and the k-th largest is searched for bit by bit, each
-step one pass that counts the entries at or above a candidate. Only counts cross
-devices, so the result is that of the global array whatever its sharding.
+sorting: a threshold that exactly k entries reach is searched for by passes that count
+the entries at or above a candidate. Only counts cross devices, so the result is that
+of the global array whatever its sharding.
 """
 
 import functools
@@ -18,6 +17,8 @@ import numpy as np
 from jax import lax
 
 from mofo_jax import counting
+from mofo_jax.brackets import vary, varying_axes
+from mofo_jax.candidates import Gathered, most_candidates
 from mofo_jax.checks import (
     BlockAxes,
     Method,
@@ -27,6 +28,16 @@ from mofo_jax.checks import (
     is_rankable,
     normalize_block_axes,
 )
+from mofo_jax.ranking import (
+    block_count,
+    describe,
+    extent,
+    order_bits,
+    reaches,
+    rows_of_blocks,
+)
+from mofo_jax.search import Request, search
+from mofo_jax.units import each, look_at, make_units, materialized
 
 
 def top_fraction_mask(
@@ -81,128 +92,140 @@ def top_fraction_mask(
             f"{x.dtype.name}"
         )
     check_method(method)
-    return select_mask(x, alpha, normalize_block_axes(block_axes, x.shape), method)
-
-
-def select_mask(
-    x: jax.Array, alpha: jax.typing.ArrayLike, block_axes: tuple[int, ...], method: str
-) -> jax.Array:
-    """:func:`top_fraction_mask` of arguments already checked.
-
-    A signed integer array is taken as magnitudes already.
-    """
-    axes = tuple(a for a in range(x.ndim) if a not in block_axes)
-    n = math.prod(x.shape[a] for a in axes)
-    k = _static_k(alpha, n)
-    if x.size == 0 or n == 1 or k == n:
-        return jnp.ones_like(x, dtype=bool)
-    if jnp.iscomplexobj(x):
-        x = jnp.abs(x)  # once: a root recomputed in every pass may round differently
-    if method == "top_k":
-        return _top_k_mask(x, alpha, n, block_axes + axes)
-    mask: jax.Array = _search_mask(x, k, None if k else alpha, axes)
+    axes = normalize_block_axes(block_axes, x.shape)
+    (mask,), _ = select_masks([x], alpha, [axes], method)
     return mask
 
 
-# Compiled once for each shape: without jit, eager loops compile at every call; and
-# the many leaves of one shape are traced once.
-@functools.partial(jax.jit, static_argnames=("static_k", "axes"))
-def _search_mask(
-    x: jax.Array,
-    static_k: int | None,
-    alpha: jax.Array | None,
-    axes: tuple[int, ...],
+def select_masks(
+    arrays: list[jax.Array],
+    alpha: jax.typing.ArrayLike,
+    block_axes: list[tuple[int, ...]],
+    method: str = "search",
+    guess: jax.Array | None = None,
+) -> tuple[list[jax.Array], jax.Array]:
+    """:func:`top_fraction_mask` of several arrays, of arguments already checked.
+
+    Args:
+      arrays: Real floating or complex arrays; signed integers are magnitudes already.
+      alpha: As there.
+      block_axes: For each array, its normalized block axes.
+      method: As there.
+      guess: What the last call returned for arrays like these, or :func:`no_guess`.
+        It decides how long the search takes, never its result.
+
+    Returns:
+      Boolean masks, and an int32 vector with a number for each block: the upper 32
+      bits of a magnitude that those selected reach, -1 where none was searched for.
+    """
+    if guess is None:
+        guess = no_guess([x.shape for x in arrays], block_axes)
+    sizes = [block_count(x.shape, a) for x, a in zip(arrays, block_axes, strict=True)]
+    stops = np.cumsum(sizes)
+    static_alpha = _static(alpha)
+    masks: list[Any] = [None] * len(arrays)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, x in enumerate(arrays):
+        n = x.size // max(sizes[i], 1)
+        if n <= 1 or (static_alpha and _static_k(static_alpha, n) == n):
+            masks[i] = jnp.ones_like(x, dtype=bool)
+        elif method == "top_k":
+            order = block_axes[i] + extent(x.shape, block_axes[i])
+            masks[i] = _top_k_mask(_real(x), alpha, n, order)
+        else:
+            # What varies along a manual axis of shard_map has a loop of its own, as
+            # what it is mixed with would vary too.
+            groups.setdefault(varying_axes(x), []).append(i)
+    for group in groups.values():
+        # Arrays of one kind side by side, see Unit.
+        group.sort(key=lambda i: (str(jax.typeof(arrays[i])), block_axes[i]))
+        places = np.concatenate(
+            [np.arange(stops[i] - sizes[i], stops[i]) for i in group]
+        )
+        found, values = _search_masks(
+            tuple(_real(arrays[i]) for i in group),
+            guess[places],
+            None if static_alpha else alpha,
+            static_alpha,
+            tuple(block_axes[i] for i in group),
+        )
+        guess = guess.at[places].set(values)
+        for i, mask in zip(group, found, strict=True):
+            masks[i] = mask
+    return masks, guess
+
+
+def no_guess(
+    shapes: list[tuple[int, ...]], block_axes: list[tuple[int, ...]]
 ) -> jax.Array:
-    n = math.prod(x.shape[a] for a in axes)
-    k = _k_limbs(static_k, alpha, n)
-    threshold, reached = _search_threshold(x, k, axes)
-    cut = _search_cut(x, threshold, counting.subtract(reached, k), axes)
-    bits = _order_bits(x)
-    before_cut = counting.less(_block_index(x.shape, axes)[0], cut)
-    return (bits > threshold) | ((bits == threshold) & before_cut)
+    """What :func:`select_masks` starts from where nothing is known."""
+    blocks = sum(block_count(s, a) for s, a in zip(shapes, block_axes, strict=True))
+    return jnp.full((blocks,), -1, jnp.int32)
 
 
-def _search_threshold(
-    x: jax.Array, k: counting.Limbs, axes: tuple[int, ...]
-) -> tuple[jax.Array, counting.Limbs]:
-    """A threshold in bits per block that at least k entries reach, and how many do.
+# Compiled once for each tree of shapes: without jit, eager loops compile at every call.
+@functools.partial(jax.jit, static_argnames=("static_alpha", "block_axes"))
+def _search_masks(
+    arrays: tuple[jax.Array, ...],
+    guess: jax.Array,
+    alpha: jax.Array | None,
+    static_alpha: float | None,
+    block_axes: tuple[tuple[int, ...], ...],
+) -> tuple[list[jax.Array], jax.Array]:
+    """Masks of the arrays, and their blocks' thresholds; arrays of one kind adjoin."""
+    paired = list(zip(arrays, block_axes, strict=True))
+    alone = counting.on_one_cpu_device()
+    views = [rows_of_blocks(x, a) if alone else x for x, a in paired]
+    axes = [extent(v.shape, a) for v, a in zip(views, block_axes, strict=True)]
+    few = [
+        alone and most_candidates(v.shape, a) for v, a in zip(views, axes, strict=True)
+    ]
+    blocks = describe(views, axes, few)
+    k = _k_limbs(static_alpha, alpha, blocks.n)
+    digits = len(blocks.sizes)
+    units = make_units([(x.shape, x.dtype, a) for x, a in paired])
 
-    Either exactly k entries reach it, or it is the k-th largest value.
-    """
+    def pack(request: Request) -> jax.Array:
+        (value, cut), mode, *bracket = request
+        rows = [value, *cut, *(mode, *bracket) * alone]
+        rows = [jnp.broadcast_to(row.astype(guess.dtype), value.shape) for row in rows]
+        return jnp.stack(rows)
 
-    def unfinished(carry: Any) -> jax.Array:
-        low, high, reached = carry
-        return jnp.any((low < high) & ~counting.equal(reached, k))
+    def look(packed: jax.Array) -> tuple[counting.Limbs, Gathered | None]:
+        # The barrier ties the arrays to the loop's variables. Without it XLA hoists
+        # their magnitudes out of the loop, which keeps a copy of all of them alive.
+        packed, xs = lax.optimization_barrier((packed, views))
+        answers = [
+            look_at(
+                [xs[i] for i in unit.members],
+                packed[:, :, unit.start : unit.stop],
+                axes[unit.members[0]],
+                digits,
+                len(k),
+                alone,
+                few[unit.members[0]] > 0,
+            )
+            for unit in units
+        ]
+        join = lambda *rows: jnp.concatenate(rows, axis=1)
+        counts, gathered = jax.tree.map(join, *answers)
+        return counts, gathered
 
-    def step(carry: Any) -> Any:
-        # The barrier ties x to the loop's variables. Without it XLA hoists |x| out
-        # of the loop, which keeps a copy of x's size alive.
-        (low, high, reached), y = lax.optimization_barrier((carry, x))
-        middle = high - (high - low) // 2
-        count = counting.count(_order_bits(y) >= middle, axes)
-        enough = ~counting.less(count, k)
-        # A block that has finished stays as it is while others go on.
-        moves = (low < high) & ~counting.equal(reached, k)
-        low = jnp.where(moves & enough, middle, low)
-        high = jnp.where(moves & ~enough, middle - 1, high)
-        return low, high, counting.where(moves & enough, count, reached)
-
-    # At least k entries reach low, and fewer than k exceed high. A loop's carry must
-    # keep its sharding and mesh axes of variation, so it starts from zeros made of x,
-    # which XLA turns into constants.
-    low = jnp.max(_order_bits(x), axis=axes, keepdims=True) & 0
-    high = low + np.iinfo(low.dtype).max
-    n = counting.limbs(math.prod(x.shape[a] for a in axes), len(k))
-    reached = tuple(low.astype(jnp.uint32) + limb for limb in n)
-    low, _, reached = lax.while_loop(unfinished, step, (low, high, reached))
-    return low, reached
-
-
-def _search_cut(
-    x: jax.Array,
-    threshold: jax.Array,
-    surplus: counting.Limbs,
-    axes: tuple[int, ...],
-) -> counting.Limbs:
-    """The index in each block from which on entries equal to threshold are surplus.
-
-    Found bit by bit as the largest index with at least ``surplus`` ties from there
-    on. A cumulative sum would do it in one pass, but gathers a sharded array.
-    """
-    none = tuple(jnp.zeros_like(s) for s in surplus)
-    _, widths = _block_index(x.shape, axes)
-    offsets = [sum(widths[i + 1 :]) for i in range(len(widths))]
-
-    def unfinished(carry: Any) -> jax.Array:
-        position, _, ties = carry
-        going_on: jax.Array = (position >= 0) & jnp.any(~counting.equal(ties, surplus))
-        return going_on
-
-    def step(carry: Any) -> Any:
-        position, cut, ties = carry
-        cut, y, zero = lax.optimization_barrier((cut, x, jnp.uint32(0)))
-        candidate = tuple(
-            c | counting.bit(position - offset, width)
-            for c, offset, width in zip(cut, offsets, widths, strict=True)
-        )
-        index, _ = _block_index(x.shape, axes, zero)
-        marks = (_order_bits(y) == threshold) & ~counting.less(index, candidate)
-        count = counting.count(marks, axes)
-        take = ~counting.equal(ties, surplus) & ~counting.less(count, surplus)
-        return (
-            position - 1,
-            counting.where(take, candidate, cut),
-            counting.where(take, count, ties),
-        )
-
-    # Blocks without surplus start finished, with a cut beyond every index.
-    nothing = counting.equal(surplus, none)
-    beyond = jnp.where(nothing, ~jnp.uint32(0), jnp.uint32(0))
-    cut = tuple(beyond for _ in widths)
-    ties = counting.where(nothing, none, tuple(~s for s in none))
-    start = (jnp.int32(sum(widths) - 1), cut, ties)
-    _, cut, _ = lax.while_loop(unfinished, step, start)
-    return cut
+    guess = vary(guess, varying_axes(arrays[0]))[None]
+    if blocks.top.dtype == np.int64:
+        guess = guess.astype(np.int64) << 32
+    packed, values = search(look, pack, blocks, k, guess, 1 if alone else 4)
+    masks: list[Any] = [None] * len(arrays)
+    # Elsewhere a condition costs more than kernels that are compiled one by one.
+    apart = materialized if alone else lambda slices: slices
+    parts = apart([packed[:, :, unit.start : unit.stop] for unit in units])
+    for unit, part in zip(units, parts, strict=True):
+        thresholds = apart(each(part[: 1 + digits, 0], len(unit.members)))
+        for i, threshold in zip(unit.members, thresholds, strict=True):
+            along = extent(arrays[i].shape, block_axes[i])
+            masks[i] = reaches(arrays[i], threshold, along)
+    values = values >> 32 if values.dtype == np.int64 else values
+    return masks, values[0].astype(jnp.int32)
 
 
 def _top_k_mask(
@@ -210,11 +233,11 @@ def _top_k_mask(
 ) -> jax.Array:
     """The mask by :func:`jax.lax.top_k`; ``order`` names the block axes first."""
     # Of the bits, because XLA's top_k takes bfloat16 subnormals for zero on the CPU.
-    rows = _order_bits(x).transpose(order).reshape(-1, n)
-    k = _static_k(alpha, n)
-    _, columns = lax.top_k(rows, n if k is None else k)
+    rows = order_bits(x).transpose(order).reshape(-1, n)
+    static_alpha = _static(alpha)
+    _, columns = lax.top_k(rows, _static_k(static_alpha, n) if static_alpha else n)
     ranks = jnp.arange(columns.shape[1], dtype=jnp.uint32)
-    below_k = counting.less((ranks,), _k_limbs(k, alpha, n)[-1:])
+    below_k = counting.less((ranks[None],), _k_limbs(static_alpha, alpha, [n])[-1:])
     chosen = jnp.broadcast_to(below_k, columns.shape)
     mask = jnp.zeros(rows.shape, bool)
     mask = mask.at[jnp.arange(rows.shape[0])[:, None], columns].set(chosen)
@@ -222,65 +245,32 @@ def _top_k_mask(
     return mask.reshape(shape).transpose(tuple(np.argsort(order).tolist()))
 
 
-def _order_bits(x: jax.Array) -> jax.Array:
-    """Magnitudes as non-negative signed integers of the same order.
-
-    Integers compare subnormals, infinities and NaN exactly, where a float comparison
-    may flush the first and loses the last. Signed, because every magnitude has a
-    clear top bit and vector units compare signed integers faster.
-    """
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return x
-    kind = np.dtype(f"int{8 * x.dtype.itemsize}")
-    return lax.bitcast_convert_type(x, kind) & np.array(np.iinfo(kind).max, kind)
+def _real(x: jax.Array) -> jax.Array:
+    """Magnitudes of complex numbers, once: a root taken again may round differently."""
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x
 
 
-def _static_k(alpha: jax.typing.ArrayLike, n: int) -> int | None:
-    """k for a block of n entries, or None for an alpha that is an array."""
-    if not isinstance(alpha, numbers.Real):
-        return None
-    return min(n, max(1, math.floor(float(alpha) * n)))
+def _static(alpha: jax.typing.ArrayLike) -> float | None:
+    """alpha if it is a number, None if it is an array."""
+    return float(alpha) if isinstance(alpha, numbers.Real) else None
 
 
-def _k_limbs(
-    static_k: int | None, alpha: jax.typing.ArrayLike | None, n: int
-) -> counting.Limbs:
-    """k for a block of n entries, with as many limbs as a count of n has."""
-    limbs = 1 if n < counting.LIMB_SIZE else 2
-    if static_k is not None:
-        return counting.limbs(static_k, limbs)
+def _static_k(alpha: float, n: int) -> int:
+    return min(n, max(1, math.floor(alpha * n)))
+
+
+def _k_limbs(static_alpha: float | None, alpha: Any, n: list[int]) -> counting.Limbs:
+    """k for blocks of n entries, with as many limbs as a count of the largest has."""
+    count = 1 if max(n) < counting.LIMB_SIZE else 2
+    if static_alpha is not None:
+        return counting.limbs([_static_k(static_alpha, size) for size in n], count)
+    everything = counting.limbs(n, count)
     alpha = at_least_float32(jnp.asarray(alpha))
-    product = jnp.floor(alpha * np.array(n, alpha.dtype))
+    product = jnp.floor(alpha * np.array([n], alpha.dtype))
     product = jnp.where(product >= 1, product, 1)  # NaN, too, becomes 1
-    parts = (jnp.floor(product / 2.0**32), product % 2.0**32)[2 - limbs :]
+    parts = (jnp.floor(product / 2.0**32), product % 2.0**32)[2 - count :]
     some = tuple(part.astype(jnp.uint32) for part in parts)
-    everything = counting.limbs(n, limbs)
     # n may not be representable in alpha's dtype, so alpha = 1 is a case of its own.
     return counting.where(
         (alpha >= 1) | ~counting.less(some, everything), everything, some
     )
-
-
-def _block_index(
-    shape: tuple[int, ...], axes: tuple[int, ...], zero: jax.Array | None = None
-) -> tuple[counting.Limbs, tuple[int, ...]]:
-    """Row-major index of each entry inside its block, and each limb's width in bits.
-
-    A limb is the index over a run of axes of less than LIMB_SIZE entries. In a loop,
-    a ``zero`` that depends on its variables keeps XLA from storing the index.
-    """
-    zero = jnp.uint32(0) if zero is None else zero
-    index: list[jax.Array] = []
-    widths: list[int] = []
-    remaining = list(axes)
-    while remaining:
-        size, limb = 1, zero
-        while remaining and size * shape[remaining[-1]] < counting.LIMB_SIZE:
-            axis = remaining.pop()
-            reduced = tuple(d if a in axes else 1 for a, d in enumerate(shape))
-            iota = lax.broadcasted_iota(jnp.uint32, reduced, axis)
-            limb = limb + np.uint32(size) * iota
-            size *= shape[axis]
-        index.insert(0, limb)
-        widths.insert(0, (size - 1).bit_length())
-    return tuple(index), tuple(widths)

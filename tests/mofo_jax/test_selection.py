@@ -53,6 +53,17 @@ def top_k_of_magnitudes(x, alpha):
     return jnp.zeros(x.size, bool).at[indices].set(True).reshape(x.shape)
 
 
+@pytest.fixture(autouse=True, scope="module", params=["any device", "one CPU device"])
+def program(request):
+    """Both ways of searching; the second is never chosen beside simulated devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "one CPU device":
+            patch.setattr(mofo_jax.counting, "on_one_cpu_device", lambda: True)
+        jax.clear_caches()
+        yield request.param
+    jax.clear_caches()
+
+
 def is_subnormal(x):
     magnitude = np.abs(x).astype(np.float64)
     return (magnitude > 0) & (magnitude < float(jnp.finfo(x.dtype).smallest_normal))
@@ -211,16 +222,21 @@ def test_sums_of_counts_beyond_32_bits():
     assert (int(high[0, 0]) << 32) + int(low[0, 0]) == total
 
 
+# Bytes an entry, of four. Beside simulated devices, XLA for the CPU writes out partial
+# counts of four probes; one CPU device needs a count for each row.
+TEMPORARY = {"any device": 0.8, "one CPU device": 0.14}
+
+
 @pytest.mark.parametrize("shape", [(2**16, 2**16), (128, 16384, 53248)])
-def test_huge_arrays_compile_without_temporaries(shape):
+def test_huge_arrays_compile_without_temporaries(shape, program):
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     compiled = jax.jit(lambda x: top_fraction_mask(x, 0.1)).lower(x).compile()
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 2**-7 * 2 * math.prod(shape)
+    assert memory.temp_size_in_bytes < TEMPORARY[program] * math.prod(shape)
 
 
 @pytest.mark.parametrize("block_axes", [None, 0, (0, 1)])
-def test_no_copy_of_magnitudes_is_kept(block_axes):
+def test_no_copy_of_magnitudes_is_kept(block_axes, program):
     """A loop over a stored |x| would need x's size of temporary memory."""
     x = jax.ShapeDtypeStruct((8, 64, 16384), jnp.float32)
 
@@ -228,7 +244,7 @@ def test_no_copy_of_magnitudes_is_kept(block_axes):
         return jnp.where(top_fraction_mask(x, 0.1, block_axes=block_axes), x, p)
 
     memory = jax.jit(keep).lower(x, x).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.07 * 4 * 2**23
+    assert memory.temp_size_in_bytes < TEMPORARY[program] * 2**23
 
 
 def test_eager_calls_compile_once():

@@ -1,0 +1,55 @@
+"""The cost benchmark runs, and the README quotes its file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cost, cost_report
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results" / "cost.json"
+
+
+@pytest.mark.slow
+def test_all_sections_run_and_are_kept(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "new" / "cost.json"
+    argv = ["--output", str(output), "--tiny", "--repeats", "2"]
+    cost.main(argv)
+    table = output.with_suffix(".md").read_text()
+    assert table in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    results = json.loads(output.read_text())
+    assert set(cost.sections()) <= set(results)
+    assert results["communication"]["FSDP"]["passes"] > 0
+    assert all(r["a_pass"] > 0 for r in results["communication"].values())
+    # Started again, nothing is measured again.
+    monkeypatch.setattr(cost, "time_in_turns", None)
+    cost.main(argv)
+    assert json.loads(output.read_text()) == results
+
+
+def test_table_is_that_of_the_results():
+    results = json.loads(RESULTS.read_text())
+    assert RESULTS.with_suffix(".md").read_text() == cost_report.table(results)
+    assert not results["settings"]["tiny"] and results["settings"]["repeats"] >= 15
+
+
+def test_readme_quotes_the_results():
+    results = json.loads(RESULTS.read_text())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    quoted = re.search(r"A step takes ([\d.]+) to ([\d.]+) times", readme)
+    ratios = [
+        results[f"step: {tree}: ordinary"]["mofo"]["ratio"] for tree in cost.TREES
+    ]
+    assert [float(x) for x in quoted.groups()] == [
+        round(min(ratios), 2),
+        round(max(ratios), 2),
+    ]
+
+
+def test_docs_hold_the_table():
+    docs = (ROOT / "docs" / "selection.md").read_text()
+    for line in RESULTS.with_suffix(".md").read_text().splitlines():
+        assert line in docs

@@ -1,0 +1,141 @@
+"""The threshold that the state remembers speeds the search up and decides nothing."""
+
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+
+import mofo_jax.counting
+import mofo_jax.selection
+from mofo_jax import filter_by_momentum, scale_by_mofo, top_fraction_mask
+
+
+class OldState(NamedTuple):
+    """FilterByMomentumState before it remembered thresholds."""
+
+    inner_state: optax.OptState
+    step: jax.Array
+
+
+def params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "a": jax.random.normal(keys[0], (64, 128)),
+        "b": jax.random.normal(keys[1], (64, 128), jnp.bfloat16),
+        "heads": jnp.round(jax.random.normal(keys[2], (4, 512)), 1),
+    }
+
+
+AXES = {"a": None, "b": None, "heads": 0}
+
+
+@pytest.fixture(params=["any device", "one CPU device"])
+def program(request, monkeypatch):
+    if request.param == "one CPU device":
+        monkeypatch.setattr(mofo_jax.counting, "on_one_cpu_device", lambda: True)
+    jax.clear_caches()
+    request.addfinalizer(jax.clear_caches)
+
+
+def test_size_and_content():
+    optimizer = scale_by_mofo(0.1, block_axes=AXES)
+    state = optimizer.init(params())
+    assert state.threshold.shape == (1 + 1 + 4,)  # four bytes a block
+    assert state.threshold.dtype == jnp.int32
+    assert (state.threshold == -1).all()
+    updates, state = optimizer.update(params(), state)
+    magnitudes = np.abs(np.asarray(state.inner_state.mu["a"]))
+    selected = np.asarray(updates["a"]) != 0
+    threshold = np.int32(state.threshold[0]).view(np.float32)
+    assert magnitudes[~selected].max() < threshold <= magnitudes[selected].min()
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=6, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_any_guess_gives_the_same_result(guess):
+    update = jitted_update()
+    optimizer = scale_by_mofo(0.1, block_axes=AXES)
+    state = optimizer.init(params())
+    expected, _ = update(params(), state)
+    state = state._replace(threshold=jnp.array(guess, jnp.int32))
+    updates, _ = update(params(), state)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+_UPDATES = {}
+
+
+def jitted_update():
+    return _UPDATES.setdefault(0, jax.jit(scale_by_mofo(0.1, block_axes=AXES).update))
+
+
+SCALES = [1.0, 1e3, 1.0, 1e-3, 1e-30, 0.0, 1e30, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "sparse", "rounded", "heavy"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hostile_sequences_stay_exact(kind, dtype, program):
+    """Whatever was remembered is wrong by orders of magnitude at the next step."""
+    optimizer = filter_by_momentum(optax.sgd(1.0), 0.1, score="gradient")
+    rng = np.random.default_rng(0)
+    state = optimizer.init({"w": jnp.zeros((64, 640), dtype)})
+    update = jax.jit(optimizer.update)
+    for scale in SCALES:
+        x = rng.normal(size=(64, 640))
+        x = {
+            "normal": x,
+            "equal": np.sign(x),
+            "sparse": x * (rng.random(x.shape) < 0.01),
+            "rounded": np.round(x),
+            "heavy": np.exp(8 * x),
+        }[kind]
+        gradient = jnp.asarray(np.clip(x * scale, -3e38, 3e38), dtype)
+        updates, state = update({"w": gradient}, state)
+        expected = top_fraction_mask(gradient, 0.1, method="top_k")
+        kept = jnp.where(expected, -gradient, jnp.zeros_like(gradient))
+        np.testing.assert_array_equal(updates["w"], kept)
+
+
+def test_a_checkpoint_without_it_fails_with_its_name(tmp_path):
+    state = scale_by_mofo(0.1).init(params())
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "old", OldState(*state[:2]))
+    checkpointer.wait_until_finished()
+    with pytest.raises(ValueError, match="threshold"):
+        checkpointer.restore(tmp_path / "old", state)
+    # What it has can be restored, and the rest taken from a new state.
+    old = checkpointer.restore(tmp_path / "old", OldState(*state[:2]))
+    restored = state._replace(**old._asdict())
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    checkpointer.close()
+
+
+def test_number_of_passes_once_it_remembers(program, monkeypatch):
+    """A few, where a search by bisection takes some thirty."""
+    passes = []
+    original = mofo_jax.selection.search
+
+    def counting_search(look, *rest):
+        def counted(packed):
+            jax.debug.callback(lambda _: passes.append(1), packed[0, 0, 0])
+            return look(packed)
+
+        return original(counted, *rest)
+
+    monkeypatch.setattr(mofo_jax.selection, "search", counting_search)
+    optimizer = scale_by_mofo(0.1)
+    fixed = jax.random.normal(jax.random.key(0), (256, 512))
+    state, update, taken = optimizer.init(fixed), jax.jit(optimizer.update), []
+    for step in range(30):
+        noise = jax.random.normal(jax.random.key(step + 1), fixed.shape)
+        passes.clear()
+        _, state = update(fixed + 3 * noise, state)
+        jax.effects_barrier()
+        taken.append(len(passes))
+    assert np.mean(taken[10:]) < 9
