@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import cost_report
+from benchmarks.inspection import passes_taken
 from examples import terminal
+from examples.files import write_json
 from examples.llama.train import environment
 from mofo_jax import mofo, top_fraction_mask
 
@@ -65,6 +67,10 @@ GRADIENTS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     ),
     "bfloat16 moments": lambda step, fixed, noise: fixed + 3 * noise,
 }
+
+
+# The momentum grows from zero in the first steps, and the thresholds with it.
+WARMUP = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,9 +117,19 @@ def time_in_turns(
     shapes: Shapes,
     gradients: str,
     repeats: int,
-    warmup: int = 15,  # the momentum grows from zero in the first steps
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, all optimizers on the same gradients in turns."""
+    runs, inputs = prepare(optimizers, shapes, gradients, WARMUP + repeats)
+    return take_turns(runs, inputs, WARMUP)
+
+
+def prepare(
+    optimizers: dict[str, optax.GradientTransformation],
+    shapes: Shapes,
+    gradients: str,
+    steps: int,
+) -> tuple[dict[str, list[Any]], Iterable[Any]]:
+    """What :func:`take_turns` takes, and the gradients of so many steps."""
     names = list(shapes)
 
     def normal(seed: jax.Array) -> dict[str, jax.Array]:
@@ -132,13 +148,20 @@ def time_in_turns(
     for name, optimizer in optimizers.items():
         params = jax.tree.map(jnp.zeros_like, fixed)
         runs[name] = [step_of(optimizer), params, jax.jit(optimizer.init)(params)]
+    return runs, (gradient(jnp.int32(i)) for i in range(steps))
+
+
+def take_turns(
+    runs: dict[str, list[Any]], inputs: Iterable[Any], warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of the steps of each run: ``[step, params, state]``."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(warmup + repeats):
-        g = jax.block_until_ready(gradient(jnp.int32(i)))
+    for given in inputs:
+        jax.block_until_ready(given)
         for name, run in runs.items():
             step, params, state = run
             start = time.perf_counter()
-            run[1:] = jax.block_until_ready(step(params, state, g))
+            run[1:] = jax.block_until_ready(step(params, state, given))
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: values[warmup:] for name, values in times.items()}
 
@@ -165,6 +188,21 @@ def steps(args: Args, tree: str, gradients: str) -> dict[str, Any]:
     )
 
 
+def passes(args: Args) -> dict[str, Any]:
+    """How many times a step reads the momentum of one leaf to find its threshold."""
+    jax.clear_caches()
+    counts = []
+    with passes_taken() as taken:
+        shapes, total = _shapes(args, "one 4096x4096 leaf"), WARMUP + args.repeats
+        runs, inputs = prepare({"mofo": mofo(1e-3)}, shapes, "ordinary", total)
+        for given in inputs:
+            taken.clear()
+            take_turns(runs, [given], 0)
+            jax.effects_barrier()
+            counts.append(len(taken))
+    return {"mean": statistics.mean(counts[WARMUP:]), "most": max(counts[WARMUP:])}
+
+
 def others(args: Args) -> dict[str, Any]:
     """Other ways to the same update, on one leaf."""
     top_k = functools.partial(top_fraction_mask, alpha=0.1, method="top_k")
@@ -173,7 +211,9 @@ def others(args: Args) -> dict[str, Any]:
         "mofo": mofo(1e-3),
         "jax.lax.top_k's mask": mask_optimizer(top_k),
         "a full sort": mask_optimizer(by_full_sort),
-        "mofo, traced alpha": optax.inject_hyperparams(mofo)(1e-3, alpha=0.1),
+        "mofo, scheduled alpha": mofo(1e-3, alpha=optax.linear_schedule(0.2, 0.1, 100)),
+        "mofo, injected hyperparameters": optax.inject_hyperparams(mofo)(1e-3),
+        "adamw, injected hyperparameters": optax.inject_hyperparams(optax.adamw)(1e-3),
     }
     shapes: Shapes = {"w": (64, 64) if args.tiny else (2048, 2048)}
     result = ratios(time_in_turns(optimizers, shapes, "ordinary", args.repeats))
@@ -233,7 +273,7 @@ def compilation(args: Args) -> dict[str, Any]:
         x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for _ in range(3):
+    for _ in range(5):
         for name, optimizer in optimizers.items():
             jax.clear_caches()
             state = jax.eval_shape(optimizer.init, params)
@@ -295,7 +335,8 @@ def fine_tuning(args: Args) -> dict[str, Any]:
     """A whole training step of a Llama, batch 8 x 256: loss, gradient and update."""
     from flax import nnx
 
-    from examples.llama.model import Llama, LlamaConfig
+    from examples.llama.architectures import LlamaConfig
+    from examples.llama.model import Llama
 
     sizes = (256, 64, 128, 2, 4) if args.tiny else (32000, 768, 2048, 12, 12)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -327,16 +368,8 @@ def fine_tuning(args: Args) -> dict[str, Any]:
     for name, optimizer in {"adamw": optax.adamw(1e-5), "mofo": mofo(1e-5)}.items():
         own = jax.tree.map(jnp.copy, params)
         runs[name] = [make(optimizer), own, jax.jit(optimizer.init)(own)]
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    repeats = min(args.repeats, 5)  # a step takes many seconds on a CPU
-    for i in range(1 + repeats):
-        batch = (tokens + i) % vocabulary
-        for name, run in runs.items():
-            step, own, state = run
-            start = time.perf_counter()
-            run[1:] = jax.block_until_ready(step(own, state, batch))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return ratios({name: values[1:] for name, values in times.items()})
+    batches = ((tokens + i) % vocabulary for i in range(1 + args.repeats))
+    return ratios(take_turns(runs, batches, warmup=1))
 
 
 def _shapes(args: Args, tree: str) -> Shapes:
@@ -355,6 +388,7 @@ def sections() -> dict[str, Callable[[Args], dict[str, Any]]]:
         "compilation": compilation,
         "communication": communication,
         **measured,
+        "passes": passes,
         "others": others,
         "growth": growth,
         "fine-tuning": fine_tuning,
@@ -375,9 +409,7 @@ def measure(args: Args) -> dict[str, Any]:
         bar.set_postfix_str(name[:40])
         if name not in results:
             results[name] = section(args)
-            partial = args.output.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-            partial.replace(args.output)
+            write_json(args.output, results)
             jax.clear_caches()
     return results
 

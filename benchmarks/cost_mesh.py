@@ -6,7 +6,6 @@ shapes. Prints a line of JSON.
 
 import json
 import math
-import re
 import sys
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.cost import GRADIENTS, llama, step_of
+from benchmarks.inspection import collectives, passes_taken
 from mofo_jax import mofo
 
 TINY = "--tiny" in sys.argv
@@ -26,10 +26,6 @@ LAYOUTS = {
     "tensor parallel": ((1, 8), P(None, "tensor")),
     "both": ((4, 2), P("fsdp", "tensor")),
 }
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
-    r"(?:-start)?\("
-)
 
 
 def spec(name: str, shape: tuple[int, ...], matrices: P) -> P:
@@ -55,14 +51,10 @@ def measure(layout: str) -> dict[str, Any]:
     )
     step = step_of(optimizer)
     compiled = step.lower(zeros, state, zeros).compile()
-    inside, outside, largest = 0, 0, 0
-    for line in compiled.as_text().splitlines():
-        if found := COLLECTIVE.search(line):
-            inside += "while/body" in line
-            outside += "while/body" not in line
-            for shape in re.findall(r"\[([\d,]*)\]", found[1]):
-                entries = math.prod(int(d) for d in shape.split(",") if d)
-                largest = max(largest, entries)
+    moved = collectives(compiled.as_text())
+    inside = sum("while/body" in c.line for c in moved)
+    outside = len(moved) - inside
+    largest = max((math.prod(s) for c in moved for _, s in c.arrays), default=0)
     passes = _passes(zeros, state, shardings)
     return {
         "largest": largest,
@@ -75,27 +67,8 @@ def measure(layout: str) -> dict[str, Any]:
 
 def _passes(params: Any, state: Any, shardings: Any) -> int:
     """Passes of the search in a typical step: of one after some warm-up."""
-    from mofo_jax import selection
-
-    count = 0
-    original = selection.search
-
-    def counting_search(look: Any, *rest: Any) -> Any:
-        def counted(packed: jax.Array) -> Any:
-            nonlocal count
-
-            def add(_: Any) -> None:
-                nonlocal count
-                count += 1
-
-            jax.debug.callback(add, packed[0, 0, 0])
-            return look(packed)
-
-        return original(counted, *rest)
-
-    selection.search = counting_search
-    try:
-        jax.clear_caches()
+    jax.clear_caches()
+    with passes_taken() as passes:
         step = step_of(mofo(1e-3))
         for i in range(12):
             keys = jax.random.split(jax.random.key(i), len(SHAPES))
@@ -110,14 +83,11 @@ def _passes(params: Any, state: Any, shardings: Any) -> int:
                 )
                 for (n, s), k in zip(SHAPES.items(), keys, strict=True)
             }
-            jax.effects_barrier()
-            count = 0
+            passes.clear()
             params, state = step(params, state, gradients)
             jax.block_until_ready(params)
             jax.effects_barrier()
-    finally:
-        selection.search = original
-    return count
+    return len(passes)
 
 
 if __name__ == "__main__":

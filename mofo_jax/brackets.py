@@ -29,7 +29,7 @@ class State(NamedTuple):
     run: jax.Array  # passes in sequence that did not bring a count much nearer to k
     stuck: jax.Array  # whether the last pass told no candidates apart
     gathered: jax.Array  # whether the last pass gathered magnitudes
-    hint: jax.Array  # one of these to try next, or -1
+    hint: jax.Array  # one of these to try next, and the one after it, or -1
     leap: jax.Array  # grows while one end of the bracket is unknown
 
 
@@ -81,8 +81,8 @@ def narrow(state: State, positions: jax.Array, counts: Limbs, k: Limbs) -> State
         low, reached = jnp.where(up, position, low), counting.where(up, count, reached)
         high = jnp.where(down, position - 1, high)
         exceeded = counting.where(down, count, exceeded)
-    nearest = _nearest(reached, exceeded, k)
-    slow = nearest > _nearest(state.reached, state.exceeded, k) / 4
+    before = jnp.minimum(*distances(state.reached, state.exceeded, k))
+    slow = jnp.minimum(*distances(reached, exceeded, k)) > before / 4
     same = counting.equal(reached, state.reached)
     return state._replace(
         low=low,
@@ -98,7 +98,7 @@ def narrow(state: State, positions: jax.Array, counts: Limbs, k: Limbs) -> State
 
 def narrow_to(counted: State, before: State, gathered: Gathered) -> State:
     """Brackets where magnitudes were gathered, not counted."""
-    value, top, *numbers = gathered
+    value, *numbers = gathered
     # One limb: blocks with more entries are not gathered.
     seen, reached, exceeded = ((*before.exceeded[:-1], number) for number in numbers)
     add = lambda number: (*before.exceeded[:-1], before.exceeded[-1] + number[-1])
@@ -107,7 +107,7 @@ def narrow_to(counted: State, before: State, gathered: Gathered) -> State:
     exact = done & counting.equal(seen, candidates)
     new = before._replace(
         low=jnp.where(exact, value, before.low),
-        high=jnp.where(exact, value, top),
+        high=jnp.where(exact, value, before.high),
         reached=counting.where(exact, add(reached), before.reached),
         exceeded=counting.where(exact, add(exceeded), before.exceeded),
         gathered=jnp.ones_like(before.gathered),
@@ -147,7 +147,7 @@ def next_digit(state: State, blocks: Blocks, k: Limbs) -> State:
     )
 
 
-def _nearest(reached: Limbs, exceeded: Limbs, k: Limbs) -> jax.Array:
-    """How far from k the nearer one of the counts is."""
+def distances(reached: Limbs, exceeded: Limbs, k: Limbs) -> tuple[jax.Array, jax.Array]:
+    """How far above k the one count is, and how far below it the other."""
     over = counting.to_float(counting.subtract(reached, k))
-    return jnp.minimum(over, counting.to_float(counting.subtract(k, exceeded)))
+    return over, counting.to_float(counting.subtract(k, exceeded))

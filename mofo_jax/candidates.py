@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mofo_jax import counting
 from mofo_jax.ranking import Axes, order_bits
 
 # XLA on the CPU leaves a reduction over at most 32 entries whole, and unrolls it.
@@ -23,14 +24,12 @@ class Gathered(NamedTuple):
     Attributes:
       value: the needed largest; of those seen where some are hidden, at the same rank
         from the top in proportion.
-      top: the largest.
       seen: uint32, how many were seen in the bracket.
       reached: uint32, how many of them reach value; 0 if nothing was gathered.
       exceeded: uint32, how many exceed it.
     """
 
     value: jax.Array
-    top: jax.Array
     seen: jax.Array
     reached: jax.Array
     exceeded: jax.Array
@@ -59,48 +58,56 @@ def gather(
       need: Which largest magnitude is wanted, from 1, as uint32.
       candidates: How many entries the bracket has, as uint32.
     """
-    r, c = arrays[0].shape[-2:]
-    blocks = low.shape[0] // len(arrays)
-    groups = []
-    for i, x in enumerate(arrays):
-        bits = order_bits(x)
-        top = high[i * blocks : (i + 1) * blocks].astype(bits.dtype)
-        below = bits <= top.reshape(*x.shape[:-2], 1, 1)
-        marked = jnp.where(below, bits, np.array(-1, bits.dtype))
-        largest = jnp.max(marked.reshape(-1, _GROUP, c), axis=1)
-        groups.append(largest.reshape(blocks, r // _GROUP, c))
-    largest = jnp.concatenate(groups).astype(low.dtype)
+    tops = high.reshape(len(arrays), -1)
+    nearest = jnp.concatenate(
+        [_nearest(x, top) for x, top in zip(arrays, tops, strict=True)]
+    )
+    kind = nearest.dtype
 
-    def count(*thresholds: jax.Array) -> list[jax.Array]:
-        marks = [(largest >= t[:, None, None]).astype(jnp.uint32) for t in thresholds]
-        for axis in (2, 1):  # of several operands, as in counting
-            marks = lax.reduce(
-                marks,
-                [jnp.uint32(0)] * len(marks),
-                lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
-                (axis,),
-            )
-        return list(marks)
+    def count(distance: jax.Array) -> jax.Array:
+        marks = nearest <= distance[:, None, None]
+        zero = (low[0] < 0).astype(jnp.int32)
+        # One limb: blocks with more entries have no groups.
+        (found,) = counting.count([marks], (1, 2), zero)
+        return found[0]
 
-    # Both counts are used: XLA would drop one that is not, and split the reduction.
-    seen = jnp.maximum(*count(low, low + 1))
+    span = (high - low).astype(kind)
+    seen = count(span)
     share = seen.astype(jnp.float32) / candidates.astype(jnp.float32)
     rank = jnp.ceil(need.astype(jnp.float32) * share).astype(jnp.uint32)
-    need = jnp.where(seen == candidates, need, jnp.clip(rank, 1, seen))
+    need = lax.select(seen == candidates, need, jnp.minimum(jnp.maximum(rank, 1), seen))
 
-    def narrow(carry: Any) -> Any:
-        low, high = carry
-        third = jnp.maximum((high - low) // 3, 1)
-        first = low + third
-        second = jnp.minimum(first + third, high)
-        for probe, found in zip((first, second), count(first, second), strict=True):
-            enough = found >= need
-            low = jnp.where(enough & (probe <= high), jnp.maximum(low, probe), low)
-            high = jnp.where(
-                ~enough & (probe > low), jnp.minimum(high, probe - 1), high
-            )
-        return low, high
+    # The shortest distance from the top within which the needed number is, by steps of
+    # halving size. Those too short grow, so that the last of them is one less.
+    def approach(carry: Any) -> Any:
+        found, reached, exceeded, step = carry
+        probe = found - jnp.minimum(step, found)
+        number = count(probe)
+        enough = number >= need
+        return (
+            lax.select(enough, probe, found),
+            lax.select(enough, number, reached),
+            lax.select(enough, exceeded, number),
+            step >> np.array(1, kind),
+        )
 
-    value, _ = lax.while_loop(lambda c: jnp.any(c[0] < c[1]), narrow, (low, high))
-    reached, exceeded = count(value, value + 1)
-    return Gathered(value, jnp.max(largest, axis=(1, 2)), seen, reached, exceeded)
+    widest = jnp.maximum(jnp.max(span), 1)
+    exponent = np.array(8 * kind.itemsize - 1, kind) - lax.clz(widest)
+    carry = (span, seen, jnp.zeros_like(seen), jnp.ones_like(widest) << exponent)
+    found, reached, exceeded, _ = lax.while_loop(lambda c: c[-1] > 0, approach, carry)
+    value = high - found.astype(high.dtype)
+    return Gathered(value, seen, reached, exceeded)
+
+
+def _nearest(x: jax.Array, top: jax.Array) -> jax.Array:
+    """How far below the top is the nearest of each group: ``[blocks, groups, c]``.
+
+    In unsigned integers, so that what is above the top is the farthest from it.
+    """
+    *lead, r, c = x.shape
+    bits = order_bits(x)
+    top = top.astype(bits.dtype).reshape(lead)
+    distance = lax.broadcast_in_dim(top, x.shape, tuple(range(len(lead)))) - bits
+    unsigned = np.dtype(f"uint{8 * bits.dtype.itemsize}")
+    distance = lax.bitcast_convert_type(distance, unsigned)
+    return jnp.min(distance.reshape(-1, r // _GROUP, _GROUP, c), axis=2)

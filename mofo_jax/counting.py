@@ -10,12 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 # An exact non-negative integer of any size as uint32 limbs, most significant first.
 Limbs = tuple[jax.Array, ...]
 
 # Counts and indices below this fit one limb. A name so that a test can lower it.
 LIMB_SIZE = 2**31
+
+# From how many places memory is read at once: a core needs some to read it as fast as
+# it can.
+STREAMS = 4
+
+# With more operands than some ten, XLA on the CPU writes out what a reduction reads.
+_OPERANDS = 8
 
 # XLA on the CPU leaves a reduction over at most 32 entries whole.
 _GROUP = 16
@@ -35,55 +43,62 @@ def limbs(values: list[int], limbs: int) -> Limbs:
     return tuple(jnp.asarray(np.array([part], np.uint32)) for part in parts)
 
 
-def count(
-    marks: list[jax.Array], axes: tuple[int, ...], zero: jax.Array
-) -> list[Limbs]:
-    """How many marks of each array are true along the axes, kept with size 1.
+def count(marks: list[jax.Array], axes: tuple[int, ...], zero: jax.Array) -> Limbs:
+    """How many marks are true along the axes: ``[len(marks), other entries]``.
 
-    ``zero`` is an int32 scalar of value 0 that the compiler cannot know to be 0.
+    The arrays are of one shape. ``zero`` is an int32 scalar of value 0 that the
+    compiler cannot know to be 0.
     """
     # On the CPU, XLA splits a long reduction into stages and writes out what the
     # first one reads. It leaves one of several operands whole, if all of them matter...
-    if on_one_cpu_device() and marks[0].ndim - 1 in axes:
-        return _sum_rows(marks, axes, zero)
+    last = marks[0].ndim - 1
+    if on_one_cpu_device() and last in axes and marks[0].shape[last] < LIMB_SIZE:
+        return tuple(
+            limb.reshape(len(marks), -1) for limb in _sum_rows(marks, axes, zero)
+        )
     # ... and one so short that it is a single stage.
     counts: list[Limbs] = lax.platform_dependent(
         marks,
         cpu=lambda ms: [_sum(_sum_groups(m, axes), axes, m.shape) for m in ms],
         default=lambda ms: [_sum(m, axes, m.shape) for m in ms],
     )
-    return counts
+    return tuple(
+        jnp.stack([_flat(c) for c in limb]) for limb in zip(*counts, strict=True)
+    )
 
 
-def _sum_rows(
-    marks: list[jax.Array], axes: tuple[int, ...], zero: jax.Array
-) -> list[Limbs]:
-    """Sums axis by axis from the last one on, all arrays in one kernel for each axis.
+def _sum_rows(marks: list[jax.Array], axes: tuple[int, ...], zero: jax.Array) -> Limbs:
+    """Sums along the last axis, of all arrays in one kernel, and then along the others.
 
-    A row along the last axis, less than LIMB_SIZE entries, is summed by one thread.
+    A row along the last axis is summed by one thread.
     """
-    shape = marks[0].shape
-    counts = [m.astype(jnp.uint32) for m in marks]
-    if len(counts) == 1:
-        counts.append(jnp.broadcast_to(zero.astype(jnp.uint32), shape))
-    remaining = sorted(axes)
-    done: list[int] = []
-    while remaining:
-        if math.prod(shape[a] for a in (*done, remaining[-1])) >= LIMB_SIZE:
-            break
-        done.append(remaining.pop())
-        sums = lax.reduce(
-            counts,
-            [jnp.uint32(0)] * len(counts),
-            lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
-            (done[-1],),
-        )
-        counts = [jnp.expand_dims(c, done[-1]) for c in sums]
-    if len(marks) == 1:
+    shape, first = marks[0].shape, min(axes)
+    # Parts of an array, too, where there are few.
+    parts = min(STREAMS, max(1, _OPERANDS // len(marks))) if len(axes) > 1 else 1
+    parts = math.gcd(parts, shape[first])
+    rows = [m.astype(jnp.uint32) for m in marks]
+    if parts > 1:
+        rows = [part for row in rows for part in jnp.split(row, parts, axis=first)]
+    lone = len(rows) == 1
+    if lone:
+        rows.append(jnp.broadcast_to(zero.astype(jnp.uint32), shape))
+    counts = sum_together(rows, (len(shape) - 1,))
+    if lone:
         counts = [counts[0] + counts[1]]
-    if remaining:
-        return [_sum(c, tuple(remaining), shape) for c in counts]
-    return [(c,) for c in counts]
+    table = jnp.concatenate(counts).reshape(len(marks), parts, *counts[0].shape, 1)
+    sizes = (len(marks), parts, *rows[0].shape)
+    return _sum(table, (1, *(2 + a for a in axes)), sizes)
+
+
+def sum_together(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Sums of arrays of one shape and dtype along the axes, by one reduction."""
+    zeros = [np.zeros((), arrays[0].dtype)] * len(arrays)
+    sums: list[jax.Array] = lax.reduce(arrays, zeros, _add, axes)
+    return sums
+
+
+def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    return list(map(lax.add, a, b))
 
 
 def _sum_groups(marks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -129,6 +144,11 @@ def less(a: Limbs, b: Limbs) -> jax.Array:
     return less
 
 
+def reaches(a: Limbs, b: Limbs) -> jax.Array:
+    """Whether a is b or more."""
+    return a[0] >= b[0] if len(a) == 1 else ~less(a, b)
+
+
 def equal(a: Limbs, b: Limbs) -> jax.Array:
     equal = (x == y for x, y in zip(a, b, strict=True))
     return functools.reduce(jnp.logical_and, equal)
@@ -151,3 +171,11 @@ def to_float(a: Limbs) -> jax.Array:
     for limb in a[:-1]:
         value = value + limb.astype(jnp.float32) * np.float32(2.0**32)
     return value
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """A vector of the entries, also where a mesh axis of Explicit type splits them."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.explicit_axes:
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    return x.reshape(-1)

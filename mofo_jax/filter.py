@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from mofo_jax.checks import Method, check_alpha, check_method, is_rankable
 from mofo_jax.leaves import (
@@ -242,7 +243,7 @@ def _where(filtered: list[bool], values: list[Any]) -> list[Any]:
 def _keep(update: jax.Array, mask: jax.Array, unselected: complex) -> jax.Array:
     if jnp.iscomplexobj(update):
         unselected = complex(unselected, unselected)
-    return jnp.where(mask, update, jnp.array(unselected, update.dtype))
+    return lax.select(mask, update, jnp.full_like(update, unselected))
 
 
 def _random_scores(

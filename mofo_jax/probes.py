@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mofo_jax import counting
-from mofo_jax.brackets import State
+from mofo_jax.brackets import State, distances
 from mofo_jax.counting import Limbs
 from mofo_jax.ranking import Blocks
 
@@ -20,8 +20,8 @@ def first_probes(blocks: Blocks, guess: jax.Array, probes: int) -> jax.Array:
     """Around the guess; without one, octaves apart."""
     kind = guess.dtype
     middle = (0.45 * blocks.top).astype(kind)
-    near = (_spread(probes, 0.002, 0.02) * blocks.octave).astype(kind)
-    far = (_spread(probes, 8, 24) * blocks.octave).astype(kind)
+    near = (_places(probes, 0.01, 0.002, 0.02) * blocks.octave).astype(kind)
+    far = (_places(probes, 8, 8, 24) * blocks.octave).astype(kind)
     positions = jnp.where(guess < 0, middle + far, guess + near)
     return jnp.clip(positions, 1, jnp.asarray(blocks.top, kind))
 
@@ -36,8 +36,7 @@ def next_probes(
     target = counting.to_float(k)
     reached = counting.to_float(state.reached)
     exceeded = counting.to_float(state.exceeded)
-    over = counting.to_float(counting.subtract(state.reached, k))
-    under = counting.to_float(counting.subtract(k, state.exceeded))
+    over, under = distances(state.reached, state.exceeded, k)
     candidates = jnp.maximum(over + under, 1)
     n = counting.to_float(counting.limbs(blocks.n, len(k)))
 
@@ -51,10 +50,9 @@ def next_probes(
     )
     near = jnp.minimum(over, under)
     error = (jnp.sqrt(near) + 0.002 * near) / candidates
-    # A single probe leans to the farther end, so that the next bracket is a narrow one.
-    lean = jnp.sign(under - over) * (1.5 if probes == 1 else 0.0)
-    spread = _spread(probes, 0.5, 2.0).astype(np.float32)
-    fractions = fraction + error * (spread + lean)
+    # Few candidates are best told apart by probes that divide their range.
+    error = jnp.minimum(error, 1 / 12)
+    fractions = fraction + error * _places(probes, 2, 0.5, 2).astype(np.float32)
     # Steps of equal width where that does not help: on values with many ties, say.
     evenly = state.stuck | (state.run >= _PATIENCE)
     steps = (np.arange(1, probes + 1) / (probes + 1))[:, None].astype(np.float32)
@@ -75,7 +73,7 @@ def next_probes(
     apart = 1.25 * jnp.abs(jnp.log(jnp.maximum(count, 0.5) / target)) + 2 / target
     apart = jnp.where((count == 0) | (count == n), 1.0, jnp.minimum(apart / _FALL, 4))
     away = apart * octave * state.leap
-    factors = {1: [1.0], 4: [0.9, 1.4, 4.0, 32.0]}[probes]
+    factors = {2: [0.7, 1.2], 4: [0.9, 1.4, 4.0, 32.0]}[probes]
     away = away * np.array(factors, np.float32)[:, None]
     outside = jnp.minimum(away, span * (1 - 2.0**-23)).astype(kind)
 
@@ -83,7 +81,8 @@ def next_probes(
     positions = jnp.where(
         one_sided, jnp.where(no_high, low + outside, high + 1 - outside), low + inside
     )
-    positions = jnp.where(state.hint >= 0, state.hint, positions)
+    next_to = np.arange(probes, dtype=np.dtype(kind))[:, None]
+    positions = jnp.where(state.hint >= 0, state.hint + next_to, positions)
     positions = jnp.minimum(jnp.maximum(positions, low + 1), high)
     return positions, state._replace(
         run=jnp.where(evenly, 0, state.run),
@@ -91,6 +90,7 @@ def next_probes(
     )
 
 
-def _spread(probes: int, inner: float, outer: float) -> np.ndarray:
-    """Places of the probes around an estimate: two on each side, if there are four."""
-    return np.array({1: [[0]], 4: [[-outer], [-inner], [inner], [outer]]}[probes])
+def _places(probes: int, two: float, inner: float, outer: float) -> np.ndarray:
+    """Places of two or four probes around an estimate."""
+    places = {2: [-two, two], 4: [-outer, -inner, inner, outer]}
+    return np.array(places[probes])[:, None]

@@ -1,5 +1,6 @@
 """How the entries of an array are ranked: by magnitude, and by index among equals."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -36,26 +37,29 @@ class Blocks(NamedTuple):
         return [math.prod(sizes) for sizes in digits]
 
 
+# Traced once for each kind of array.
+@functools.partial(jax.jit, static_argnames="axes")
 def reaches(
-    x: jax.Array, threshold: jax.Array, axes: Axes, zero: jax.Array | None = None
+    x: jax.Array, threshold: tuple[jax.Array, ...], index: counting.Limbs, axes: Axes
 ) -> jax.Array:
     """Marks the entries at or above a threshold of their block.
 
     Args:
       x: Array that :func:`order_bits` takes.
-      threshold: Integers ``[1 + digits, blocks]``: a threshold's value and its cut.
+      threshold: A threshold's value and the digits of its cut, integers ``[blocks]``.
+      index: The entries' :func:`index_digits`.
       axes: The axes of x along which its blocks extend.
-      zero: In a loop an int32 scalar of value 0 that depends on the loop's variables,
-        which keeps XLA from storing what the index is made of.
     """
-    shape = tuple(1 if a in axes else d for a, d in enumerate(x.shape))
+    block_axes = tuple(a for a in range(x.ndim) if a not in axes)
+    sizes = tuple(x.shape[a] for a in block_axes)
+    spread = lambda row, dtype: lax.broadcast_in_dim(
+        row.reshape(sizes).astype(dtype), x.shape, block_axes
+    )
     bits = order_bits(x)
-    value = threshold[0].reshape(shape).astype(bits.dtype)
-    index = _index(x.shape, axes, zero)
-    cut = tuple(row.reshape(shape).astype(jnp.int32) for row in threshold[1:])
+    value = spread(threshold[0], bits.dtype)
+    cut = tuple(spread(row, jnp.int32) for row in threshold[-len(index) :])
     # The same as bits > value, or bits == value and index < cut, in fewer operations.
-    beyond_cut = ~counting.less(index, cut[len(cut) - len(index) :])
-    return bits - beyond_cut.astype(bits.dtype) >= value
+    return bits - counting.reaches(index, cut).astype(bits.dtype) >= value
 
 
 def order_bits(x: jax.Array) -> jax.Array:
@@ -120,16 +124,19 @@ def _bits_dtype(dtype: Any) -> np.dtype[Any]:
     return np.dtype(f"int{8 * np.dtype(dtype).itemsize}")
 
 
-def _index(
-    shape: tuple[int, ...], axes: Axes, zero: jax.Array | None
+def index_digits(
+    shape: tuple[int, ...], axes: Axes, zero: jax.Array | None = None
 ) -> counting.Limbs:
-    """Row-major index of each entry inside its block, as int32 digits."""
+    """Row-major index of each entry inside its block, as int32 digits.
+
+    ``zero`` is, in a loop, an int32 scalar of value 0 that depends on the loop's
+    variables, which keeps XLA from storing what the index is made of.
+    """
     digits = []
     for run in _index_runs(shape, axes):
         size, digit = 1, zero
         for axis in reversed(run):
-            reduced = tuple(d if a in axes else 1 for a, d in enumerate(shape))
-            iota = lax.broadcasted_iota(jnp.int32, reduced, axis)
+            iota = lax.broadcasted_iota(jnp.int32, shape, axis)
             iota = iota if size == 1 else np.int32(size) * iota
             digit = iota if digit is None else digit + iota
             size *= shape[axis]

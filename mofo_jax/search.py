@@ -55,7 +55,8 @@ class Request(NamedTuple):
     candidates: jax.Array
 
 
-DONE, COUNT, GATHER = range(3)
+# What is asked of one block of a unit is done for all, and so the last of these.
+DONE, GATHER, COUNT = range(3)
 
 
 def search(
@@ -65,7 +66,7 @@ def search(
     k: Limbs,
     guess: jax.Array,
     probes: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Thresholds that exactly k entries reach.
 
     Args:
@@ -78,8 +79,7 @@ def search(
       probes: How many thresholds a pass counts for.
 
     Returns:
-      The last request, packed, in which all probes of a block are the same, and their
-      magnitudes ``[1, blocks]``.
+      The last request, packed, in which all probes of a block are the same.
     """
     state = start(blocks, k, guess)
     first = first_probes(blocks, guess, probes)
@@ -99,8 +99,8 @@ def search(
         return state, positions, pack(_request(state, positions, blocks, k))
 
     carry = (state, first, pack(_request(state, first, blocks, k)))
-    state, positions, packed = lax.while_loop(unfinished, step, carry)
-    return packed, _request(state, positions, blocks, k).threshold.value[:1]
+    _, _, packed = lax.while_loop(unfinished, step, carry)
+    return packed
 
 
 def _request(state: State, positions: jax.Array, blocks: Blocks, k: Limbs) -> Request:

@@ -32,12 +32,13 @@ from mofo_jax.ranking import (
     block_count,
     describe,
     extent,
+    index_digits,
     order_bits,
     reaches,
     rows_of_blocks,
 )
 from mofo_jax.search import Request, search
-from mofo_jax.units import each, look_at, make_units, materialized
+from mofo_jax.units import look_at, make_units, slices, split
 
 
 def top_fraction_mask(
@@ -137,7 +138,7 @@ def select_masks(
             # what it is mixed with would vary too.
             groups.setdefault(varying_axes(x), []).append(i)
     for group in groups.values():
-        # Arrays of one kind side by side, see Unit.
+        # Arrays of one kind side by side, see make_units.
         group.sort(key=lambda i: (str(jax.typeof(arrays[i])), block_axes[i]))
         places = np.concatenate(
             [np.arange(stops[i] - sizes[i], stops[i]) for i in group]
@@ -183,7 +184,11 @@ def _search_masks(
     blocks = describe(views, axes, few)
     k = _k_limbs(static_alpha, alpha, blocks.n)
     digits = len(blocks.sizes)
+    widths = [block_count(x.shape, a) for x, a in paired]
     units = make_units([(x.shape, x.dtype, a) for x, a in paired])
+    unit_widths = [sum(widths[i] for i in unit) for unit in units]
+    # Elsewhere kernels that are compiled one by one cost less than such a reduction.
+    apart = split if alone else slices
 
     def pack(request: Request) -> jax.Array:
         (value, cut), mode, *bracket = request
@@ -192,40 +197,47 @@ def _search_masks(
         return jnp.stack(rows)
 
     def look(packed: jax.Array) -> tuple[counting.Limbs, Gathered | None]:
-        # The barrier ties the arrays to the loop's variables. Without it XLA hoists
-        # their magnitudes out of the loop, which keeps a copy of all of them alive.
-        packed, xs = lax.optimization_barrier((packed, views))
+        xs = views
+        if not alone:
+            # The barrier ties the arrays to the loop's variables. Without it XLA hoists
+            # their magnitudes out of the loop, which keeps a copy of all of them alive.
+            packed, xs = lax.optimization_barrier((packed, views))
         answers = [
             look_at(
-                [xs[i] for i in unit.members],
-                packed[:, :, unit.start : unit.stop],
-                axes[unit.members[0]],
+                [xs[i] for i in unit],
+                part,
+                axes[unit[0]],
                 digits,
                 len(k),
                 alone,
-                few[unit.members[0]] > 0,
+                few[unit[0]] > 0,
             )
-            for unit in units
+            for unit, part in zip(units, apart(packed, unit_widths), strict=True)
         ]
-        join = lambda *rows: jnp.concatenate(rows, axis=1)
-        counts, gathered = jax.tree.map(join, *answers)
-        return counts, gathered
+        answer = jnp.concatenate(answers, axis=-1)
+        counts = tuple(answer[: len(k)].astype(jnp.uint32))
+        if not alone:
+            return counts, None
+        value, *numbers = answer[len(k) :, :1]
+        return counts, Gathered(value, *(n.astype(jnp.uint32) for n in numbers))
 
     guess = vary(guess, varying_axes(arrays[0]))[None]
     if blocks.top.dtype == np.int64:
         guess = guess.astype(np.int64) << 32
-    packed, values = search(look, pack, blocks, k, guess, 1 if alone else 4)
-    masks: list[Any] = [None] * len(arrays)
-    # Elsewhere a condition costs more than kernels that are compiled one by one.
-    apart = materialized if alone else lambda slices: slices
-    parts = apart([packed[:, :, unit.start : unit.stop] for unit in units])
-    for unit, part in zip(units, parts, strict=True):
-        thresholds = apart(each(part[: 1 + digits, 0], len(unit.members)))
-        for i, threshold in zip(unit.members, thresholds, strict=True):
-            along = extent(arrays[i].shape, block_axes[i])
-            masks[i] = reaches(arrays[i], threshold, along)
+    packed = search(look, pack, blocks, k, guess, 2 if alone else 4)
+    thresholds = zip(
+        *(apart(row, widths) for row in packed[: 1 + digits, 0]), strict=True
+    )
+    masks = []
+    shared: dict[Any, counting.Limbs] = {}
+    for x, along, threshold in zip(arrays, block_axes, thresholds, strict=True):
+        kind = x.shape, extent(x.shape, along)
+        if not (alone and kind in shared):  # as in look_at
+            shared[kind] = index_digits(*kind)
+        masks.append(reaches(x, threshold, shared[kind], kind[1]))
+    values = packed[0, 0]
     values = values >> 32 if values.dtype == np.int64 else values
-    return masks, values[0].astype(jnp.int32)
+    return masks, values.astype(jnp.int32)
 
 
 def _top_k_mask(

@@ -1,59 +1,81 @@
-"""Arrays of one kind, looked at together."""
+"""Arrays of one kind, looked at together.
+
+What is here beside the obvious is for the time that XLA takes to compile: it grows with
+the number of instructions and of different kernels, and a model has hundreds of arrays.
+"""
 
 import functools
-from typing import Any, NamedTuple
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mofo_jax import counting
+from mofo_jax.brackets import vary, varying_axes
 from mofo_jax.candidates import Gathered, gather
-from mofo_jax.ranking import block_count, reaches
-from mofo_jax.search import COUNT
+from mofo_jax.ranking import index_digits, reaches
+
+# How many slices one kernel makes: the time to compile it grows faster than they do.
+_SLICES = 32
+
+# How many arrays of one kind make a unit. All of it is read until its last block is
+# done, which more arrays make later.
+_UNIT = 16
 
 
-class Unit(NamedTuple):
-    """Arrays of one kind, and where their blocks are in a vector of all.
+def make_units(
+    kinds: list[tuple[tuple[int, ...], Any, tuple[int, ...]]],
+) -> list[list[int]]:
+    """Indices of neighbouring arrays of one kind, a unit for each list.
 
-    XLA compiles a kernel for each slice at another offset, and for all that it fuses
-    with it. In two steps, into units first, few are different.
+    Their sizes are powers of two, as each size of a kind has kernels of its own.
     """
-
-    start: int
-    stop: int
-    members: list[int]
-
-
-# How many arrays of one kind make a unit.
-_UNIT = 8
-
-
-def make_units(kinds: list[tuple[tuple[int, ...], Any, tuple[int, ...]]]) -> list[Unit]:
-    units: list[Unit] = []
-    last, stop = None, 0
-    for i, kind in enumerate(kinds):
-        if kind != last or len(units[-1].members) == _UNIT:
-            units.append(Unit(stop, stop, []))
-        last, stop = kind, stop + block_count(kind[0], kind[2])
-        units[-1] = units[-1]._replace(stop=stop, members=[*units[-1].members, i])
+    units: list[list[int]] = []
+    for _, run in itertools.groupby(range(len(kinds)), kinds.__getitem__):
+        rest = list(run)
+        while rest:
+            size = min(_UNIT, 2 ** (len(rest).bit_length() - 1))
+            units.append(rest[:size])
+            rest = rest[size:]
     return units
 
 
 def each(part: jax.Array, members: int) -> list[jax.Array]:
     """The columns of each array of a unit."""
-    size = part.shape[1] // members
-    return [part[:, i * size : (i + 1) * size] for i in range(members)]
+    size = part.shape[-1] // members
+    return [part[..., i * size : (i + 1) * size] for i in range(members)]
 
 
-@jax.jit
-def materialized(slices: list[jax.Array]) -> list[jax.Array]:
-    """The same, which XLA does not fuse with what reads them, see :class:`Unit`."""
-    never = slices[0].reshape(-1)[0] < 0
-    zeros = lambda slices: jax.tree.map(jnp.zeros_like, slices)
-    same: list[jax.Array] = lax.cond(never, zeros, lambda slices: slices, slices)
-    return same
+def slices(table: jax.Array, widths: list[int]) -> list[jax.Array]:
+    """Columns of a table, one range after the other."""
+    return jnp.split(table, np.cumsum(widths)[:-1].tolist(), axis=-1)
+
+
+def split(table: jax.Array, widths: list[int]) -> list[jax.Array]:
+    """As :func:`slices`, with one kernel for all parts of a width.
+
+    XLA on the CPU compiles a kernel for every slice at another offset, and for all
+    that it fuses with it.
+    """
+    if len(widths) > _SLICES:
+        runs = [widths[i : i + _SLICES] for i in range(0, len(widths), _SLICES)]
+        parts = split(table, [sum(run) for run in runs])
+        return [s for p, run in zip(parts, runs, strict=True) for s in split(p, run)]
+    # Sums with zeros, as XLA does not fuse a reduction of several operands with what
+    # reads it, and takes one of a single entry for what it is.
+    padded = jnp.stack([table, jnp.zeros_like(table)])
+    parts = slices(padded, widths)
+    for width in set(widths):
+        places = [i for i, w in enumerate(widths) if w == width]
+        # Numbers rather than vectors of one: XLA moves reshapes to and fro.
+        along = (0, 1) if parts[places[0]].shape == (2, 1) else (0,)
+        sums = counting.sum_together([parts[i] for i in places], along)
+        for i, part in zip(places, sums, strict=True):
+            parts[i] = part
+    return parts
 
 
 # Traced once for each kind of unit.
@@ -68,51 +90,61 @@ def look_at(
     limbs: int,
     choose: bool,
     gathers: bool,
-) -> tuple[counting.Limbs, Gathered | None]:
-    """What a unit's part of a request asks, ``[probes, blocks]``.
+) -> jax.Array:
+    """What a unit's part of a request asks, ``[rows, probes, blocks]``.
 
-    Unless it may ``choose``, it counts always, and for nothing where a block is done.
+    The rows are the limbs of the counts, and, if it may ``choose`` what to do, those of
+    Gathered. Otherwise it counts always, and for nothing where a block is done.
     """
-    nothing = (part[0, :1] * 0).astype(jnp.uint32)
-    no_magnitudes = Gathered(*(part[0, :1] * 0,) * 2, *(nothing,) * 3)
 
-    def counted(xs: list[jax.Array], part: jax.Array) -> Any:
+    def counted(xs: list[jax.Array], part: jax.Array) -> jax.Array:
         zero = (part[0, 0, 0] < 0).astype(jnp.int32)
-        probes = range(part.shape[1])
+        stacks, along = xs, axes
+        if choose:
+            stacks, along = _stacks(xs), tuple(1 + a for a in axes)
+        # One index for all is less to compile, but where arrays of one shape are split
+        # over devices in different ways it would be moved between them.
+        index_of = lambda x: index_digits(x.shape, along, zero)
+        indices = [index_of(stacks[0])] * len(stacks) if choose else map(index_of, xs)
+        indexed = list(zip(stacks, indices, strict=True))
         marks = []
-        for probe in probes:
-            thresholds = each(part[: 1 + digits, probe], len(xs))
-            marks += [
-                reaches(x, t, axes, zero) for x, t in zip(xs, thresholds, strict=True)
-            ]
-        counts = []
-        for found in counting.count(marks, axes, zero):
-            padding = (jnp.zeros_like(found[0]),) * (limbs - len(found))
-            counts.append([_flat(limb) for limb in (*padding, *found)])
-        stack = lambda *c: jnp.concatenate(c).reshape(part.shape[1:])
-        return tuple(stack(*c) for c in zip(*counts, strict=True)), no_magnitudes
+        for probe in range(part.shape[1]):
+            rows = [each(row, len(stacks)) for row in part[: 1 + digits, probe]]
+            thresholds = zip(*rows, strict=True)
+            for (x, index), threshold in zip(indexed, thresholds, strict=True):
+                marks.append(reaches(x, threshold, index, along))
+        counts = counting.count(marks, along, zero)
+        table = jnp.stack(counts).reshape(-1, *part.shape[1:])
+        before = limbs - len(counts)
+        return _rows(table, before, len(Gathered._fields) * choose, part.dtype)
 
-    def gathered(xs: list[jax.Array], part: jax.Array) -> Any:
+    def gathered(xs: list[jax.Array], part: jax.Array) -> jax.Array:
         low, high, *numbers = part[2 + digits :, 0]
-        found = gather(xs, low, high, *(n.astype(jnp.uint32) for n in numbers))
-        found = Gathered(*(number[None] for number in found))
-        return (nothing,) * limbs, found
+        found = gather(_stacks(xs), low, high, *(n.astype(jnp.uint32) for n in numbers))
+        table = jnp.stack([row.astype(part.dtype) for row in found])
+        table = jnp.broadcast_to(table[:, None], (len(found), *part.shape[1:]))
+        return _rows(table, limbs, 0, part.dtype)
 
-    def skipped(xs: list[jax.Array], part: jax.Array) -> Any:
-        return (nothing,) * limbs, no_magnitudes
+    def skipped(xs: list[jax.Array], part: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((limbs + len(Gathered._fields), *part.shape[1:]), part.dtype)
+        varied: jax.Array = vary(zeros, varying_axes(part))
+        return varied
 
     if not choose:
-        return counted(xs, part)[0], None
-    modes = part[1 + digits, 0]
-    mode = jnp.where(jnp.any(modes == COUNT), COUNT, jnp.max(modes).astype(jnp.int32))
-    branches = [skipped, counted, gathered if gathers else skipped]
-    answer: tuple[counting.Limbs, Gathered] = lax.switch(mode, branches, xs, part)
+        return counted(xs, part)
+    mode = jnp.max(part[1 + digits]).astype(jnp.int32)
+    branches = [skipped, gathered if gathers else skipped, counted]
+    answer: jax.Array = lax.switch(mode, branches, xs, part)
     return answer
 
 
-def _flat(x: jax.Array) -> jax.Array:
-    """A vector of the entries, also where a mesh axis of Explicit type splits them."""
-    mesh = jax.typeof(x).sharding.mesh
-    if mesh.explicit_axes:
-        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
-    return x.reshape(-1)
+def _stacks(xs: list[jax.Array]) -> list[jax.Array]:
+    """Few arrays of several each: what XLA fuses with their reduction is not a copy."""
+    size = max(1, len(xs) // counting.STREAMS)
+    return [jnp.stack(xs[i : i + size]) for i in range(0, len(xs), size)]
+
+
+def _rows(table: jax.Array, before: int, after: int, dtype: Any) -> jax.Array:
+    """The table between rows of zeros."""
+    places = [(before, after, 0), (0, 0, 0), (0, 0, 0)]
+    return lax.pad(table.astype(dtype), np.zeros((), dtype), places)

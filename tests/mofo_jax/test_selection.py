@@ -15,6 +15,8 @@ from hypothesis import given, settings
 import mofo_jax.counting
 from mofo_jax import top_fraction_mask
 
+pytestmark = pytest.mark.usefixtures("program")
+
 DTYPES = ["float32", "float16", "bfloat16", "complex64"]
 # Few shapes: each compiles its own program, and it is values that are drawn.
 SHAPES = [(1,), (7,), (48,), (3, 5), (16, 6), (2, 3, 4), (1, 32, 1)]
@@ -51,17 +53,6 @@ def top_k_of_magnitudes(x, alpha):
     k = min(x.size, max(1, math.floor(alpha * x.size)))
     _, indices = jax.lax.top_k(magnitudes, k)
     return jnp.zeros(x.size, bool).at[indices].set(True).reshape(x.shape)
-
-
-@pytest.fixture(autouse=True, scope="module", params=["any device", "one CPU device"])
-def program(request):
-    """Both ways of searching; the second is never chosen beside simulated devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "one CPU device":
-            patch.setattr(mofo_jax.counting, "on_one_cpu_device", lambda: True)
-        jax.clear_caches()
-        yield request.param
-    jax.clear_caches()
 
 
 def is_subnormal(x):

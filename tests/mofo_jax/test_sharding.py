@@ -1,7 +1,5 @@
 """The result is that of the global array, on any mesh, and no array is gathered."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.inspection import collectives
 from mofo_jax import filter_by_momentum, mofo, top_fraction_mask
 
 SPECS = [P("x"), P(None, "x"), P("y", "x"), P(None, ("x", "y"))]
@@ -26,15 +25,14 @@ def mesh_of(axis_type):
 
 def assert_only_counts_cross(compiled, blocks):
     """What crosses devices is a number or flag per block, nothing of x's size."""
-    moved = re.findall(r"= (.*?) (all-|collective-|reduce-s)(\w+)\(", compiled)
+    moved = collectives(compiled)
     assert moved
-    for arrays, *kind in moved:
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", arrays):
+    for kind, arrays, _ in moved:
+        for dtype, shape in arrays:
             assert dtype in ("u32", "s32", "pred"), moved
-            entries = np.prod([int(d) for d in shape.split(",") if d])
             # Where blocks are spread over devices, XLA also moves their thresholds.
-            assert entries <= (1 if blocks == 1 else 8 * blocks), moved
-            assert blocks > 1 or kind == ["all-", "reduce"], moved
+            assert np.prod(shape) <= (1 if blocks == 1 else 8 * blocks), moved
+            assert blocks > 1 or kind == "all-reduce", moved
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -60,6 +58,24 @@ def test_groups_do_not_cross_shards(shape):
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P("x")))
     select = jax.jit(lambda x: top_fraction_mask(x, 0.3))
     assert_only_counts_cross(select.lower(x).compile().as_text(), 1)
+
+
+def test_arrays_of_one_shape_split_in_different_ways():
+    """What they share, such as the index of their entries, is not moved either."""
+    mesh = mesh_of(AxisType.Auto)
+    specs = [P("x", "y"), P("y", "x"), P(None, "y"), P()]
+    leaves = {
+        str(spec): jax.device_put(leaf(i), NamedSharding(mesh, spec))
+        for i, spec in enumerate(specs)
+    }
+    optimizer = filter_by_momentum(optax.sgd(0.1), 0.13, score="gradient")
+    state = optimizer.init(leaves)
+    update = jax.jit(optimizer.update)
+    assert_only_counts_cross(update.lower(leaves, state).compile().as_text(), 1)
+    updates, _ = update(leaves, state)
+    for i, spec in enumerate(specs):
+        expected = top_fraction_mask(leaf(i), 0.13, method="top_k")
+        np.testing.assert_array_equal(updates[str(spec)] != 0, expected)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -5,7 +5,6 @@ what the compiled program moves.
 """
 
 import json
-import re
 import sys
 
 import jax
@@ -15,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.inspection import collectives
 from mofo_jax import mofo, top_fraction_mask
 
 
@@ -42,9 +42,8 @@ def main(rank: int, port: int, output: str) -> None:
 
     local = lambda a: np.concatenate([s.data for s in a.addressable_shards])
     np.savez(f"{output}/{rank}.npz", mask=local(mask), moved=local(params) != 0)
-    collectives = re.findall(r"= (.*?) (all-\w+|collective-\w+)\(", text)
     with open(f"{output}/{rank}.json", "w") as file:
-        json.dump(collectives, file)
+        json.dump(collectives(text), file)
 
 
 if __name__ == "__main__":
