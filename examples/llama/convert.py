@@ -1,22 +1,55 @@
-"""Read a Llama from a llama2.c checkpoint.
+"""Load a Llama from a llama2.c file or a Hugging Face checkpoint, or convert it.
+
+python -m examples.llama.convert --model FILE --tokenizer FILE --output DIR
 
 Whatever the source, the result is one `Llama`, with Hugging Face's parameter names
 and rotary convention. Nothing here unpickles.
 """
 
+import dataclasses
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import tyro
 from jax.typing import DTypeLike
 
-from examples.llama.model import Llama, LlamaConfig
+from examples import terminal
+from examples.llama.architectures import LlamaConfig
+from examples.llama.huggingface import load_hugging_face, save_hugging_face
+from examples.llama.model import Llama
+from examples.llama.parameters import Sharding, build
+from examples.llama.tokenizer import load_tokenizer, save_tokenizer
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
+) -> Llama:
+    """Loads a llama2.c file or the directory of a Hugging Face checkpoint.
+
+    Args:
+      path: The file or directory.
+      dtype: The model's compute dtype.
+      param_dtype: The dtype that the weights are cast to.
+      sharding: A function of a parameter's name ("layers.0.mlp.up_proj.kernel") and
+        shape that returns where it goes; None is JAX's default device. In several
+        processes, each must be able to read `path`.
+
+    Raises:
+      FileNotFoundError: Nothing is at `path`.
+      ValueError: What is there is something else, or is damaged.
+    """
+    load = load_hugging_face if Path(path).is_dir() else load_llama2c
+    return load(path, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
 
 
 def load_llama2c(
@@ -24,13 +57,15 @@ def load_llama2c(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
 ) -> Llama:
     """Loads a llama2.c checkpoint, "version 0": seven int32, then float32 tensors.
 
     Args:
       path: The file.
       dtype: The model's compute dtype.
-      param_dtype: The dtype that the weights are converted to.
+      param_dtype: The dtype that the weights are cast to.
+      sharding: As of `load_model`.
 
     Raises:
       FileNotFoundError: Nothing is at `path`.
@@ -53,7 +88,7 @@ def load_llama2c(
         "lm_head.kernel": "wcls",
     }
 
-    def read(parameter: str) -> np.ndarray:
+    def read(parameter: str, index: tuple[slice, ...]) -> np.ndarray:
         if parameter.startswith("layers."):
             _, layer, parameter = parameter.split(".", 2)
             weight = weights[names[parameter]][int(layer)]
@@ -63,46 +98,9 @@ def load_llama2c(
             # Rows 2i and 2i + 1 of a head, a rotary pair, become i and i + D / 2.
             pairs = weight.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)
-        return weight.T if parameter.endswith(".kernel") else weight
+        return (weight.T if parameter.endswith(".kernel") else weight)[index]
 
-    return _build(config, read, dtype, param_dtype)
-
-
-def abstract_model(
-    config: LlamaConfig, dtype: DTypeLike, param_dtype: DTypeLike
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model's graph and its parameters' shapes and dtypes, nothing allocated."""
-
-    def create() -> Llama:
-        return Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
-
-    return nnx.split(nnx.eval_shape(create))
-
-
-def parameter_name(path: tuple[jax.tree_util.DictKey, ...]) -> str:
-    return ".".join(str(part.key) for part in path)
-
-
-def _build(
-    config: LlamaConfig,
-    read: Callable[[str], np.ndarray],
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-) -> Llama:
-    """A model whose parameter at "layers.0.mlp.up_proj.kernel" is `read` of that."""
-    graph, state = abstract_model(config, dtype, param_dtype)
-
-    def load(
-        path: tuple[jax.tree_util.DictKey, ...], like: jax.ShapeDtypeStruct
-    ) -> jax.Array:
-        # A copy, so that nothing depends on the file from here on.
-        array = jnp.array(read(parameter_name(path)), like.dtype)
-        assert array.shape == like.shape
-        return array
-
-    params = jax.tree.map_with_path(load, nnx.to_pure_dict(state))
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+    return build(config, read, dtype, param_dtype, sharding)
 
 
 def _read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
@@ -196,3 +194,38 @@ def _other_format(header: bytes) -> str:
         if header.startswith(magic):
             return f", it looks like {name}"
     return ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    model: Path
+    """A llama2.c checkpoint, or a directory of Hugging Face's."""
+    tokenizer: Path | None = None
+    """A llama2.c tokenizer, or a directory with tokenizer.json; else the model's."""
+    output: Path
+    """The directory to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in it."""
+
+
+def convert(args: Args) -> None:
+    """Writes model and tokenizer as a Hugging Face directory; errors as of both."""
+    model = load_model(args.model, param_dtype=args.dtype)
+    size = model.config.vocab_size
+    tokenizer = load_tokenizer(args.tokenizer or args.model, size)
+    source = args.model if args.model.is_dir() else None
+    save_hugging_face(model, args.output, source=source)
+    save_tokenizer(tokenizer, args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; errors end it with one line and exit code 2."""
+    program = "python -m examples.llama.convert"
+    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("convert"):
+        convert(args)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

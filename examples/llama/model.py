@@ -7,9 +7,7 @@ Shapes: B batch, T tokens of this call, S cache slots, N query heads, K key/valu
 heads, D head dimension, V vocabulary.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,91 +16,18 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from examples.llama.architectures import LlamaConfig
+from examples.llama.attention import attend
+from examples.llama.products import float32_einsum
+from examples.llama.sharding import constrain
 
-def _check_numbers(config: "RopeScaling | LlamaConfig") -> None:
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), field.type
-        if kind in (int, float) and not (isinstance(value, int | kind) and value > 0):
-            raise ValueError(
-                f"{field.name} must be a positive {kind.__name__}, got {value!r}"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How Llama 3.1 and 3.2 stretch their rotary frequencies to longer contexts.
-
-    Wavelengths longer than ``original_max_position_embeddings / low_freq_factor``
-    grow by `factor`, those shorter than ``... / high_freq_factor`` stay, and those
-    between are interpolated. Raises ValueError for a value out of range.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-    rope_type: str = "llama3"
-
-    def __post_init__(self) -> None:
-        _check_numbers(self)
-        if self.rope_type != "llama3":
-            raise ValueError(f"rope_type must be 'llama3', got {self.rope_type!r}")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor must be above low_freq_factor "
-                f"({self.low_freq_factor}), got {self.high_freq_factor}"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """The shape of a Llama, in the names of Hugging Face's config.json.
-
-    `head_dim` None becomes ``hidden_size // num_attention_heads``. Raises ValueError
-    that names the field, its value and what is allowed.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        _check_numbers(self)
-        heads, shared = self.num_attention_heads, self.num_key_value_heads
-        if heads % shared:
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads ({heads}), "
-                f"got {shared}"
-            )
-        if self.head_dim is None:
-            if self.hidden_size % heads:
-                raise ValueError(
-                    f"hidden_size must be a multiple of num_attention_heads ({heads}) "
-                    f"where head_dim is None, got {self.hidden_size}"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be positive and even, got {self.head_dim}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """The inverse of `dataclasses.asdict`; ValueError for a missing or odd key."""
-        try:
-            values = dict(values)
-            if values.get("rope_scaling") is not None:
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-            return cls(**values)
-        except TypeError as error:  # it names the key
-            raise ValueError(f"not a LlamaConfig: {error}") from None
+# What a layer keeps of its forward pass for the backward pass; the rest is computed
+# again. From most memory to least.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Cache(NamedTuple):
@@ -132,20 +57,6 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(halves, axis=-1).astype(x.dtype)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """What q [B, T, N, D] reads of v [B, S, K, D] by its products with k [B, S, K, D].
-
-    jax.nn.dot_product_attention computes the same, but its bfloat16 gradient fails
-    under strict dtype promotion (jax 0.10.2). mask: bool, broadcast to [B, T, S].
-    """
-    batch, time, heads, size = q.shape
-    q = q.reshape(batch, time, k.shape[2], -1, size)  # G = N / K query heads to each
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores / size**0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, time, heads, size)
-
-
 class Attention(nnx.Module):
     """Causal self-attention in which groups of query heads share a key/value head."""
 
@@ -162,19 +73,19 @@ class Attention(nnx.Module):
         x: jax.Array,
         cos: jax.Array,
         sin: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | None,
         past: tuple[jax.Array, jax.Array] | None,
         start: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        heads = (*x.shape[:2], -1, self.head_dim)
+        heads = (*cos.shape[:2], -1, self.head_dim)
         q = _rotate(self.q_proj(x).reshape(heads), cos, sin)
         k = _rotate(self.k_proj(x).reshape(heads), cos, sin)
         v = self.v_proj(x).reshape(heads)
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
-        y = _attend(q, k, v, mask)
-        return self.o_proj(y.reshape(*x.shape[:2], -1)), (k, v)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.reshape(x.shape[0], -1)), (k, v)
 
 
 class MLP(nnx.Module):
@@ -215,6 +126,8 @@ class Llama(nnx.Module):
       dtype: Of the activations, and of weights as they enter a product. Norms,
         rotary angles, softmax and logits are float32 whatever it is.
       param_dtype: Of the parameters as they are stored and trained.
+      remat: What a layer keeps for the backward pass: "none", everything; "dots", the
+        results of products with weights; "full", its input alone.
     """
 
     def __init__(
@@ -224,8 +137,12 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
     ):
-        self.config, self.dtype = config, dtype
+        if remat not in REMAT_POLICIES:
+            allowed = ", ".join(REMAT_POLICIES)
+            raise ValueError(f"remat must be one of {allowed}, got {remat!r}")
+        self.config, self.dtype, self.remat = config, dtype, remat
         init = nnx.initializers.normal(0.02)
         common: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         linear = functools.partial(
@@ -243,7 +160,7 @@ class Llama(nnx.Module):
         )
         self.norm = norm(width)
         if not config.tie_word_embeddings:
-            self.lm_head = linear(width, vocabulary, preferred_element_type=jnp.float32)
+            self.lm_head = linear(width, vocabulary)
 
     def __call__(
         self,
@@ -251,6 +168,7 @@ class Llama(nnx.Module):
         *,
         positions: jax.Array | None = None,
         mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> Any:
         """Logits of the next token, and the cache where one was given.
@@ -261,6 +179,8 @@ class Llama(nnx.Module):
             indices, counted from the cache's length where there is one.
           mask: bool [B, T], True at real tokens and False at padding, which no token
             attends to, neither now nor later through the cache. Default all True.
+          segment_ids: int32 [B, T], of texts packed into one row: a token attends to
+            tokens of its own segment alone. Not with a cache.
           cache: Of the tokens before these. Must have T slots left: under jit that
             cannot be checked, and a write past the end would land on earlier slots.
 
@@ -269,8 +189,42 @@ class Llama(nnx.Module):
 
         Raises:
           ValueError: `positions` is None and the tokens are more than the model's
-            max_position_embeddings, or the tokens are more than the cache's slots.
+            max_position_embeddings, the tokens are more than the cache's slots, or
+            `segment_ids` come with a cache.
         """
+        x, new_cache = self._states(tokens, positions, mask, segment_ids, cache)
+        # Logits in bfloat16 would be off by several per cent of a probability.
+        logits = float32_einsum("btd,dv->btv", x, self.head().astype(self.dtype))
+        return logits if cache is None else (logits, new_cache)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """The normed states [B, T, hidden_size] whose products with `head` are logits.
+
+        Arguments and errors as of a call.
+        """
+        return self._states(tokens, positions, mask, segment_ids, None)[0]
+
+    def head(self) -> jax.Array:
+        """The matrix [hidden_size, V] of the output head, in the parameters' dtype."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def _states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
         batch, time = tokens.shape
         start = jnp.int32(0) if cache is None else cache.length
         index = start + jnp.arange(time, dtype=jnp.int32)
@@ -280,34 +234,44 @@ class Llama(nnx.Module):
                     f"{time} tokens are more than max_position_embeddings, {limit}"
                 )
             positions = jnp.broadcast_to(index, (batch, time))
-        if mask is None:
-            mask = jnp.ones((batch, time), bool)
         if cache is not None:
             if time > (size := cache.mask.shape[1]):
                 raise ValueError(f"{time} tokens are more than the {size} cache slots")
+            if segment_ids is not None:
+                raise ValueError("segment_ids must be None where there is a cache")
+            if mask is None:
+                mask = jnp.ones((batch, time), bool)
             mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
-        # Causal by slot, not by position: padding may shift positions.
-        slots = jnp.arange(mask.shape[1], dtype=jnp.int32)
-        causal = slots[None, :] <= index[:, None]
-        readable = causal[None] & mask[:, None, :]  # [B, T, S]
+        readable = None  # plainly causal, for which there are the fastest kernels
+        if mask is not None or segment_ids is not None:
+            # Causal by slot, not by position: padding may shift positions.
+            slots = jnp.arange(time if mask is None else mask.shape[1], dtype=jnp.int32)
+            readable = (slots[None, :] <= index[:, None])[None]  # [B, T, S]
+            if mask is not None:
+                readable &= mask[:, None, :]
+            if segment_ids is not None:
+                readable &= segment_ids[:, :, None] == segment_ids[:, None, :]
         frequencies = rope_frequencies(self.config)[None, None, :]
         angles = positions[:, :, None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
-        x = self.embed_tokens(tokens)
+        def run(layer: DecoderLayer, x: jax.Array, past: Any) -> Any:
+            return layer(x, cos, sin, readable, past, start)
+
+        if self.remat != "none":
+            run = nnx.remat(run, policy=REMAT_POLICIES[self.remat])
+        # Tokens in one axis, [B T, D]: the gradient of products of three axes takes
+        # XLA's CPU backend 1.6 times as long.
+        x = constrain(self.embed_tokens(tokens.reshape(-1)), "batch", None)
         written = []
         for i, layer in enumerate(self.layers):
-            past = None if cache is None else cache.layers[i]
-            x, keys_values = layer(x, cos, sin, readable, past, start)
-            written.append(keys_values)
-        x = self.norm(x).astype(self.dtype)
-        # Logits in bfloat16 would be off by several per cent of a probability.
-        if self.config.tie_word_embeddings:
-            embedding = self.embed_tokens.embedding[...].astype(self.dtype)
-            logits = jnp.matmul(x, embedding.T, preferred_element_type=jnp.float32)
-        else:
-            logits = self.lm_head(x)
-        return logits if cache is None else (logits, Cache(written, mask, start + time))
+            x, keys_values = run(layer, x, None if cache is None else cache.layers[i])
+            x = constrain(x, "batch", None)
+            written.append(keys_values if cache is not None else None)
+        x = self.norm(x).astype(self.dtype).reshape(batch, time, -1)
+        if cache is not None:
+            cache = Cache(written, mask, start + time)
+        return x, cache
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache with `length` slots for each of `batch_size` sequences."""

@@ -1,124 +1,244 @@
-"""Read a llama2.c tokenizer as a `tokenizers.Tokenizer`. Nothing here unpickles."""
+"""Tokenizers of Hugging Face and of llama2.c. Nothing here unpickles or runs code."""
 
-import math
+import dataclasses
+import functools
+import itertools
 import os
-import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+import jinja2
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
-UNKNOWN, START, END = 0, 1, 2  # the ids of <unk>, <s> and </s>
-_SPECIAL = ["<unk>", "<s>", "</s>"]
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_FIRST_PIECE = len(_SPECIAL) + len(_BYTES)
+from examples.files import write_bytes, write_json
+from examples.llama.chat_template import compile_chat_template
+from examples.llama.huggingface_tokenizer import read_huggingface_tokenizer
+from examples.llama.llama2c_tokenizer import load_llama2c_tokenizer
 
 
-def load_llama2c_tokenizer(
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer, and the special tokens that its model was trained with.
+
+    Nothing adds a special token but the caller, by its id: text that reads like one
+    stays text, but for `encode_chat`.
+    """
+
+    backend: tokenizers.Tokenizer
+    bos_id: int | None  # what a text begins with, where the model knows such a token
+    eos_ids: tuple[int, ...]  # what ends an answer; training puts the first one there
+    pad_id: int
+    chat_template: str | None = None  # in Jinja, as Hugging Face's
+
+    def __post_init__(self) -> None:
+        self.backend.encode_special_tokens = True  # as plain text, that is
+        # Two settings that some tokenizer.json bring along.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        # Unused here. A saved tokenizer adds what this trainer adds.
+        bos = self._special_tokens().get("bos_token")
+        self.backend.post_processor = bos and TemplateProcessing(
+            single=[bos, "$A"],
+            pair=[bos, "$A", f"{bos}:1", "$B:1"],
+            special_tokens=[(bos, self.bos_id)],
+        )
+
+    def __reduce__(self) -> tuple:
+        # A copy of the backend forgets `encode_special_tokens`.
+        fields = dataclasses.fields(self)
+        return Tokenizer, tuple(getattr(self, field.name) for field in fields)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without a token in front or at the end."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """As `encode`, of many texts at once, and with their offsets."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def encode_chat(self, text: str) -> tokenizers.Encoding:
+        """As `encode`, but special tokens in `text` are recognised.
+
+        It is for what `apply_chat_template` gives.
+        """
+        return self._chat_backend.encode(text, add_special_tokens=False)
+
+    def encode_pieces(
+        self, texts: Sequence[Sequence[str]], *, chat: bool = False
+    ) -> list[list[list[int]]]:
+        """The ids of each piece of each text, no token reaching over two pieces.
+
+        A text's first piece has the ids that `encode` gives it, and so what a model
+        continues is the same in training and in generation. The others have no space
+        put in front, as they go on from the piece before.
+
+        Args:
+          texts: The texts, in pieces.
+          chat: Whether special tokens in the texts are recognised.
+        """
+        flat: list[str] = []
+        skipped: list[int] = []
+        for pieces in texts:
+            before = ""
+            for piece in pieces:
+                anchor, length = self._anchor(before, chat)
+                flat.append(anchor + piece)
+                skipped.append(length)
+                before += piece
+        backend = self._chat_backend if chat else self.backend
+        encodings = backend.encode_batch_fast(flat, add_special_tokens=False)
+        ids = (
+            encoding.ids[length:]
+            for encoding, length in zip(encodings, skipped, strict=True)
+        )
+        return [list(itertools.islice(ids, len(pieces))) for pieces in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of a conversation, as `transformers` has it; see `encode_chat`.
+
+        A template that asks for the date gets 26 July 2024, and so the same text on
+        every day.
+
+        Args:
+          messages: Each of a "role" and a "content".
+          add_generation_prompt: Whether to end with what comes before an answer.
+
+        Raises:
+          ValueError: The tokenizer has no template, or the template is invalid or
+            refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template; expected chat_template.jinja or "
+                '"chat_template" in tokenizer_config.json beside tokenizer.json'
+            )
+        try:
+            return self._compiled_template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens(),
+            )
+        except Exception as error:  # a template can raise anything
+            kind = type(error).__name__
+            raise ValueError(f"the chat template fails: {kind}: {error}") from None
+
+    def find_special_token(self, text: str) -> str | None:
+        """A special token that `text` reads like somewhere, if there is one."""
+        return next((t for t in self._registered if t in text), None)
+
+    def _special_tokens(self) -> dict[str, str]:
+        """The special tokens, by the names that Hugging Face has for them."""
+        ids = {
+            "bos_token": self.bos_id,
+            "eos_token": self.eos_ids[0],
+            "pad_token": self.pad_id,
+        }
+        tokens = {
+            name: self.backend.id_to_token(i)
+            for name, i in ids.items()
+            if i is not None
+        }
+        unknown = getattr(self.backend.model, "unk_token", None)
+        return tokens | ({"unk_token": unknown} if unknown else {})
+
+    def _anchor(self, before: str, chat: bool) -> tuple[str, int]:
+        """What to put before a text that goes on, and how many tokens that gives."""
+        if not before:
+            return "", 0
+        if chat and before.endswith(self._registered):
+            # Behind a special token, some tokenizers begin as at the start of a text.
+            return next(t for t in self._registered if before.endswith(t)), 1
+        return self._byte_anchor
+
+    @functools.cached_property
+    def _registered(self) -> tuple[str, ...]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @functools.cached_property
+    def _chat_backend(self) -> tokenizers.Tokenizer:
+        # Its own, as to change the flag of the other one would not be thread-safe.
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
+
+    @functools.cached_property
+    def _byte_anchor(self) -> tuple[str, int]:
+        # Llama 2's and llama2.c's tokenizers begin every text with a space. "\0" takes
+        # it, which is a byte there, and bytes do not merge with what follows.
+        anchor = self.encode("\0")
+        plain = self.encode("\0a")[len(anchor) :] == self.encode("a")
+        return ("", 0) if plain else ("\0", len(anchor))
+
+    @functools.cached_property
+    def _compiled_template(self) -> jinja2.Template:
+        return compile_chat_template(self.chat_template)
+
+
+def load_tokenizer(
     path: str | os.PathLike[str], vocab_size: int | None = None
 ) -> Tokenizer:
-    """Loads a llama2.c tokenizer file as a tokenizer that gives the same ids.
-
-    ``encode(text).ids`` has no ``<s>`` in front, and text that reads ``<s>`` stays
-    text: only the caller adds special tokens, by id, so no text can smuggle one in.
-    ``decode(ids)`` leaves them out, and undoes `encode`.
+    """Loads a tokenizer.
 
     Args:
-      path: The file.
-      vocab_size: The number of tokens that it must have, where that is known.
+      path: A llama2.c tokenizer file, Hugging Face's tokenizer.json, or a directory
+        with one. Beside a tokenizer.json, tokenizer_config.json,
+        special_tokens_map.json, generation_config.json and chat_template.jinja are
+        read, where they exist.
+      vocab_size: The model's. llama2.c's tokenizers must have as many tokens, the
+        others no id outside of it.
 
     Raises:
-      FileNotFoundError: Nothing is at `path`.
-      ValueError: The file is not such a tokenizer, is damaged, or has another number
-        of tokens.
+      OSError: The file cannot be read.
+      ValueError: A file is damaged or no tokenizer, names a token that the tokenizer
+        lacks, or does not fit `vocab_size`; or no end token is named.
     """
-    pieces, scores = _read_llama2c_tokenizer(Path(path), vocab_size)
-    # Of all adjacent pairs, the one whose merged token scores highest goes first; only
-    # ordinary tokens take part. Equal scores would be a tie between the pairs of two
-    # tokens, which llama2.c gives to the pair further left, and merge ranks cannot.
-    ordinary = set(pieces[_FIRST_PIECE:])
-    merges: list[tuple[str, str]] = []
-    merged: dict[float, str] = {}
-    for score, piece in sorted(
-        zip(scores[_FIRST_PIECE:], pieces[_FIRST_PIECE:], strict=True), reverse=True
-    ):
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        splits = [split for split in splits if ordinary.issuperset(split)]
-        if splits and merged.setdefault(score, piece) != piece:
-            raise ValueError(
-                f"{path}: tokens {merged[score]!r} and {piece!r} have the same score, "
-                f"{score}; expected distinct scores"
-            )
-        merges += splits
-
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=merges,
-            unk_token=pieces[UNKNOWN],
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Prepend(" ")
-    # Special tokens are dropped here, and not registered as special: the library would
-    # then find them in any text, but for a flag that pickle and JSON forget.
-    special = Regex(rf"\A(?:{'|'.join(_SPECIAL)})\z")
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(special, ""),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return tokenizer
+    path = Path(path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.suffix == ".json" or path.read_bytes().lstrip().startswith(b"{"):
+        return Tokenizer(**read_huggingface_tokenizer(path, vocab_size))
+    backend = load_llama2c_tokenizer(path, vocab_size)
+    unknown, start, end = range(3)
+    # Text has no unknown tokens: what has no token of its own becomes bytes.
+    return Tokenizer(backend, bos_id=start, eos_ids=(end,), pad_id=unknown)
 
 
-def _read_llama2c_tokenizer(
-    path: Path, vocab_size: int | None
-) -> tuple[list[str], list[float]]:
-    """The tokens, special ones by their usual names, and their scores."""
-    data = path.read_bytes()
-    if len(data) < 4:
-        raise ValueError(f"{path}: {len(data)} bytes, expected 4 or more")
-    (longest,) = struct.unpack_from("<i", data)
-    if not 1 <= longest <= 1 << 16:
-        raise ValueError(
-            f"{path}: longest token length is {longest}, expected 1 to {1 << 16}: not "
-            "a llama2.c tokenizer"
-        )
-    pieces: list[str] = []
-    scores: list[float] = []
-    offset = 4
-    while offset < len(data):
-        token = f"{path}: token {len(pieces)} at byte {offset}"
-        if offset + 8 > len(data):
-            raise ValueError(f"{token} is truncated, the file has {len(data)} bytes")
-        score, length = struct.unpack_from("<fi", data, offset)
-        if not (0 <= length <= longest and math.isfinite(score)):
-            raise ValueError(
-                f"{token} has length {length} and score {score}, expected 0 to "
-                f"{longest} and a number: not a llama2.c tokenizer"
-            )
-        offset += 8 + length
-        if offset > len(data):
-            raise ValueError(f"{token} is truncated, the file has {len(data)} bytes")
-        try:
-            pieces.append(data[offset - length : offset].decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{token} is not UTF-8: {error}") from None
-        scores.append(score)
-    if vocab_size is not None and len(pieces) != vocab_size:
-        raise ValueError(
-            f"{path}: {len(pieces)} tokens, expected the model's vocab_size, "
-            f"{vocab_size}"
-        )
-    pieces[: len(_SPECIAL)] = _SPECIAL  # llama2.c has line breaks around <s>
-    expected = [*_SPECIAL, *_BYTES]
-    for i, piece in enumerate(expected):
-        if i >= len(pieces) or pieces[i] != piece:
-            found = repr(pieces[i]) if i < len(pieces) else "missing"
-            raise ValueError(f"{path}: token {i} is {found}, expected {piece!r}")
-    if len(set(pieces)) < len(pieces):
-        twice = next(piece for piece in pieces if pieces.count(piece) > 1)
-        raise ValueError(f"{path}: token {twice!r} occurs twice")
-    return pieces, scores
+def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, as `load_tokenizer` reads them.
+
+    `transformers.AutoTokenizer` gives the same ids, and puts the bos token in front.
+    Where there are several end tokens and no generation_config.json, that is written
+    too, for it is what names them.
+
+    Args:
+      tokenizer: What to save.
+      directory: An existing directory.
+
+    Raises:
+      OSError: A file cannot be written.
+    """
+    directory = Path(directory)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= tokenizer._special_tokens()
+    config["clean_up_tokenization_spaces"] = False
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    write_json(directory / "tokenizer_config.json", config)
+    generation = directory / "generation_config.json"
+    if len(tokenizer.eos_ids) > 1 and not generation.exists():
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids}
+        write_json(generation, ids)
+    text = tokenizer.backend.to_str(pretty=True)
+    write_bytes(directory / "tokenizer.json", text.encode())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from examples.llama.convert import load_llama2c
-from examples.llama.tokenizer import load_llama2c_tokenizer
+from examples.llama.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +24,4 @@ def stories_model(data_dir):
 
 @pytest.fixture(scope="session")
 def stories_tokenizer(data_dir):
-    return load_llama2c_tokenizer(data_dir / "tok512.bin", vocab_size=512)
+    return load_tokenizer(data_dir / "tok512.bin", vocab_size=512)

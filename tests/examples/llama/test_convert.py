@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama.checkpoint import load_model
-from examples.llama.convert import load_llama2c
+from examples.llama.convert import load_llama2c, load_model, main
+from examples.llama.parameters import named_parameters
+from examples.llama.sharding import make_mesh, parameter_sharding
+from examples.llama.tokenizer import load_tokenizer
 from tests.examples.llama.llama2c_files import (
+    BASE,
     HEADER,
     refused,
     tensor_shapes,
     write_llama2c,
+    write_tokenizer,
 )
 
 
@@ -87,7 +91,7 @@ def test_forward_agrees_with_reference(tmp_path, vocab_size):
 
 def test_real_model_agrees_with_reference(data_dir, stories_model, stories_tokenizer):
     text = (data_dir / "tinystories_excerpt.txt").read_text()[:1500]
-    tokens = np.array([1, *stories_tokenizer.encode(text).ids][:300], np.int32)
+    tokens = np.array([1, *stories_tokenizer.encode(text)][:300], np.int32)
     assert len(tokens) == 300
     expected = reference_logits(data_dir / "stories260K.bin", tokens)
     logits = run(stories_model, tokens[None])[0]
@@ -96,7 +100,7 @@ def test_real_model_agrees_with_reference(data_dir, stories_model, stories_token
 
 def test_real_model_predicts_stories(data_dir, stories_model, stories_tokenizer):
     text = (data_dir / "tinystories_excerpt.txt").read_text()
-    ids = stories_tokenizer.encode(text).ids
+    ids = stories_tokenizer.encode(text)
     count = len(ids) // 256
     windows = np.array(ids[: count * 256], np.int32).reshape(count, 256)[::8]
 
@@ -119,6 +123,19 @@ def test_dtypes(tmp_path):
         jax.tree.leaves(nnx.state(model)), jax.tree.leaves(exact), strict=True
     ):
         np.testing.assert_array_equal(leaf, np.asarray(like).astype(jnp.bfloat16))
+
+
+def test_sharded(tmp_path):
+    path = write_llama2c(tmp_path / "model.bin", vocab_size=-50)
+    whole = named_parameters(load_model(path))
+    sharding = parameter_sharding(make_mesh("fsdp=4,tensor=2"))
+    params = named_parameters(load_model(path, sharding=sharding))
+    assert params.keys() == whole.keys()
+    for name, param in params.items():
+        assert param.sharding == sharding(name, param.shape)
+        np.testing.assert_array_equal(param, whole[name])
+    # A sixteenth of it would be 8 by 4.
+    assert params["layers.0.self_attn.q_proj.kernel"].addressable_data(0).size == 128
 
 
 @pytest.mark.parametrize("load", [load_llama2c, load_model])
@@ -194,3 +211,24 @@ def test_surplus_bytes(tmp_path):
         load_llama2c(path)
     with refused("3 bytes after tensor rope_sin"):
         load_llama2c(path)
+
+
+def test_command(tmp_path, capsys):
+    """From llama2.c's files to a directory with the same logits and tokens."""
+    model = write_llama2c(tmp_path / "model.bin", vocab_size=260)
+    tokenizer = write_tokenizer(tmp_path / "tok.bin", ["<unk>", *BASE, " "])
+    output = tmp_path / "converted"
+    options = [f"--model={model}", f"--tokenizer={tokenizer}", f"--output={output}"]
+    main(options)
+    assert capsys.readouterr().out == f"{output}\n"
+    tokens = np.arange(12, dtype=np.int32)[None]
+    np.testing.assert_array_equal(
+        run(load_model(output), tokens), run(load_model(model), tokens)
+    )
+    text = "héllo"
+    ids = load_tokenizer(tokenizer).encode(text)
+    assert load_tokenizer(output).encode(text) == ids and len(ids) > 5
+    with pytest.raises(SystemExit) as caught:
+        main([*options[:2], f"--output={tmp_path}"])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.startswith(f"convert: {tmp_path}: not over")

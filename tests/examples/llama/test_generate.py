@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama.checkpoint import save_model
-from examples.llama.convert import load_llama2c
-from examples.llama.generate import generate, main
-from examples.llama.model import Llama, LlamaConfig
+from examples.llama.architectures import LlamaConfig
+from examples.llama.convert import load_model
+from examples.llama.generate import decode, generate, main, prefill
+from examples.llama.huggingface import save_hugging_face
+from examples.llama.model import Llama
+from examples.llama.sharding import make_mesh, parameter_sharding
+from examples.llama.tokenizer import load_tokenizer, save_tokenizer
 
 KNOWN = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside "
@@ -51,14 +54,29 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def greedy(model):
-    """21 tokens after PROMPTS, each by a forward pass over all the tokens so far."""
-    tokens = np.pad(PROMPTS, ((0, 0), (0, 21)))
+def continued(model):
+    """Continues 4 prompts, each token by a forward pass over all the tokens so far."""
     forward = nnx.jit(lambda model, tokens: model(tokens))
-    for end in range(3, 24):
-        tokens[:, end] = np.argmax(forward(model, tokens)[:, end - 1], axis=-1)
-    assert len(np.unique(tokens[:, 3:])) > 5
-    return tokens[:, 3:]
+
+    def compute(prompts, count):
+        tokens = np.zeros((4, 24), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        ends = np.array([len(prompt) for prompt in prompts])
+        for step in range(count):
+            last = np.asarray(forward(model, tokens))[range(4), ends + step - 1]
+            tokens[range(4), ends + step] = np.argmax(last, axis=-1)
+        return np.stack([tokens[i, end : end + count] for i, end in enumerate(ends)])
+
+    return compute
+
+
+@pytest.fixture(scope="module")
+def greedy(continued):
+    """21 tokens after PROMPTS."""
+    new = continued(PROMPTS, 21)
+    assert len(np.unique(new)) > 5
+    return new
 
 
 def test_greedy(model, greedy):
@@ -82,6 +100,64 @@ def test_stops(model, greedy):
                 row[ends[0] :] = row[ends[0]]
         new = generate(model, PROMPTS, max_new_tokens=21, eos_id=stops)
         np.testing.assert_array_equal(new, expected)
+
+
+def test_padding(model, continued):
+    lengths = [1, 6, 3, 4]
+    # Padding beyond the context, of tokens that would matter if they were read.
+    tokens = np.random.default_rng(0).integers(0, 13, (4, 30))
+    mask = np.arange(30) >= 30 - np.array(lengths)[:, None]
+    expected = continued([row[-n:] for row, n in zip(tokens, lengths, strict=True)], 18)
+    assert len(np.unique(expected, axis=0)) == 4
+    new = generate(model, tokens, max_new_tokens=18, mask=mask, eos_id=-1)
+    np.testing.assert_array_equal(new, expected)
+    # A row that ends does not end the others.
+    stop = int(expected[1, 2])
+    for row in expected:
+        ends = np.flatnonzero(row == stop)
+        if ends.size:
+            row[ends[0] :] = stop
+    assert not np.all(expected[:, -1] == stop)
+    new = generate(model, tokens, max_new_tokens=18, mask=mask, eos_id=stop)
+    np.testing.assert_array_equal(new, expected)
+
+
+def test_a_few_tokens_at_a_time(model):
+    options = {"temperature": 1.0, "key": jax.random.key(5), "eos_id": 12}
+    expected = np.asarray(generate(model, PROMPTS, max_new_tokens=21, **options))
+    decoding, parts = prefill(model, PROMPTS, max_new_tokens=21), []
+    for _ in range(3):
+        new, decoding = decode(model, decoding, max_new_tokens=7, **options)
+        parts.append(new)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+
+
+def test_rows_that_the_caller_ends(model, greedy):
+    first, decoding = decode(
+        model, prefill(model, PROMPTS, max_new_tokens=21), max_new_tokens=3
+    )
+    decoding = decoding._replace(ended=np.array([False, True, True, False]))
+    rest, decoding = decode(model, decoding, max_new_tokens=8)
+    np.testing.assert_array_equal(rest[0], greedy[0, 3:11])
+    np.testing.assert_array_equal(rest[3], greedy[3, 3:11])
+    for row in (1, 2):
+        assert set(np.asarray(rest[row]).tolist()) == {int(first[row, -1])}
+    decoding = decoding._replace(ended=np.ones(4, bool))
+    last, _ = decode(model, decoding, max_new_tokens=3)
+    np.testing.assert_array_equal(last, np.tile(rest[:, -1:], (1, 3)))
+
+
+def test_sharded(model, greedy, tmp_path):
+    save_hugging_face(model, tmp_path / "model")
+    mesh = make_mesh("fsdp=4,tensor=2")
+    sharded = load_model(tmp_path / "model", sharding=parameter_sharding(mesh))
+    kernel = sharded.layers[0].mlp.up_proj.kernel[...]
+    assert len(kernel.sharding.device_set) == 8 and not kernel.is_fully_replicated
+    mask = np.arange(5) >= 2
+    tokens = np.pad(PROMPTS, ((0, 0), (2, 0)))
+    with jax.set_mesh(mesh):
+        new = generate(sharded, tokens, max_new_tokens=21, mask=np.tile(mask, (4, 1)))
+    np.testing.assert_array_equal(new, greedy)
 
 
 def test_sampling(model):
@@ -114,6 +190,40 @@ def test_samples_follow_the_distribution(model):
 @pytest.mark.parametrize(
     ("tokens", "changes", "message"),
     [
+        (
+            [[1, 2]],
+            {"mask": [[1, 1]]},
+            "mask must be bool [1, 2], got int64 [1, 2]",
+        ),
+        (
+            [[1, 2]],
+            {"mask": [[True]]},
+            "mask must be bool [1, 2], got bool [1, 1]",
+        ),
+        (
+            [[1, 2], [3, 4]],
+            {"mask": [[True, True], [True, False]]},
+            "mask must be False at padding on the left and True at one or more tokens "
+            "after it, got [1, 0] in row 1",
+        ),
+        (
+            [[1, 2]],
+            {"mask": [[False, False]]},
+            "mask must be False at padding on the left and True at one or more tokens "
+            "after it, got [0, 0] in row 0",
+        ),
+        (
+            [[1, 2, 3, 4]],
+            {"mask": [[False, True, False, True]]},
+            "mask must be False at padding on the left and True at one or more tokens "
+            "after it, got [0, 1, 0, 1] in row 0",
+        ),
+        (
+            [[0, 1, 2, 3]],
+            {"mask": [[False, True, True, True]], "max_new_tokens": 22},
+            "max_new_tokens 22 and a prompt of 3 tokens exceed the model's "
+            "max_position_embeddings, 24",
+        ),
         ([1, 2], {}, "tokens must be integers [B, T], not empty, got int64 [2]"),
         ([[]], {}, "tokens must be integers [B, T], not empty, got float64 [1, 0]"),
         ([[0.5]], {}, "tokens must be integers [B, T], not empty, got float64 [1, 1]"),
@@ -136,8 +246,20 @@ def test_bad_arguments(model, tokens, changes, message):
         generate(model, tokens, **{"max_new_tokens": 4} | changes)
 
 
+def test_bad_arguments_of_the_parts(model):
+    with pytest.raises(ValueError, match=r"tokens must be 0 to 12, got 1 to 13"):
+        prefill(model, [[1, 13]], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"max_new_tokens must be 1 or above, got 0"):
+        prefill(model, [[1]], max_new_tokens=0)
+    decoding = prefill(model, [[1]], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"max_new_tokens must be 1 or above, got 0"):
+        decode(model, decoding, max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"temperature 1.0 needs a key"):
+        decode(model, decoding, max_new_tokens=1, temperature=1.0)
+
+
 def test_bfloat16(data_dir, stories_tokenizer):
-    model = load_llama2c(data_dir / "stories260K.bin", dtype=jnp.bfloat16)
+    model = load_model(data_dir / "stories260K.bin", dtype=jnp.bfloat16)
     new = generate(model, [[1]], max_new_tokens=20)
     assert KNOWN.startswith(stories_tokenizer.decode(new[0].tolist()))
 
@@ -149,7 +271,8 @@ def test_bfloat16(data_dir, stories_tokenizer):
 def small(tmp_path_factory):
     """The options for a small random model and a tokenizer of bytes and few letters."""
     folder = tmp_path_factory.mktemp("small")
-    save_model(make(dataclasses.replace(CONFIG, vocab_size=264)), folder / "model")
+    model = make(dataclasses.replace(CONFIG, vocab_size=264))
+    save_hugging_face(model, folder / "model")
     pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256))]
     with (folder / "tok.bin").open("wb") as file:
         file.write(struct.pack("<i", 6))
@@ -179,6 +302,17 @@ def test_known_text_to_the_end_of_its_story(data_dir, capsys):
     assert text.startswith(KNOWN) and text.count("Once upon a time") == 1
 
 
+def test_command_with_the_tokenizer_of_the_model(small, tmp_path, capsys):
+    options = ["--prompt", "abba", "--max-new-tokens", "8"]
+    main([*small, *options])
+    expected = capsys.readouterr().out
+    model = load_model(small[1])
+    save_hugging_face(model, tmp_path / "both")
+    save_tokenizer(load_tokenizer(small[3]), tmp_path / "both")
+    main(["--model", str(tmp_path / "both"), *options])
+    assert capsys.readouterr().out == expected
+
+
 def test_command_prompt(small, capsys):
     options = ["--prompt", " <s>🙂 ab", "--max-new-tokens", "8", "--temperature", "1"]
     texts = []
@@ -198,8 +332,8 @@ def test_command_prompt(small, capsys):
         (["--seed", "-1"], "seed must be 0 to 4294967295, got -1"),
         (["--model", "absent.bin"], "No such file or directory: 'absent.bin'"),
         (["--tokenizer", "absent.bin"], "No such file or directory: 'absent.bin'"),
-        (["--model", "."], ".: not a model of save_model, it has no config.json"),
-        (["--tokenizer", "."], "Is a directory: '.'"),
+        (["--model", "."], ".: expected model.safetensors"),
+        (["--tokenizer", "."], "tokenizer.json"),
     ],
 )
 def test_command_errors(small, options, message, capsys, tmp_path, monkeypatch):

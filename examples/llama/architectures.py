@@ -1,0 +1,143 @@
+"""The shapes of the Llama family: what a config.json says, and known models by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+def _check_numbers(config: "RopeScaling | LlamaConfig") -> None:
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if kind in (int, float) and not (isinstance(value, int | kind) and value > 0):
+            raise ValueError(
+                f"{field.name} must be a positive {kind.__name__}, got {value!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How Llama 3.1 and 3.2 stretch their rotary frequencies to longer contexts.
+
+    Wavelengths longer than ``original_max_position_embeddings / low_freq_factor``
+    grow by `factor`, those shorter than ``... / high_freq_factor`` stay, and those
+    between are interpolated. Raises ValueError for a value out of range.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    rope_type: str = "llama3"
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.rope_type != "llama3":
+            raise ValueError(f"rope_type must be 'llama3', got {self.rope_type!r}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor must be above low_freq_factor "
+                f"({self.low_freq_factor}), got {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a Llama, in the names of Hugging Face's config.json.
+
+    `head_dim` None becomes ``hidden_size // num_attention_heads``. Raises ValueError
+    that names the field, its value and what is allowed.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % shared:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads ({heads}), "
+                f"got {shared}"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"hidden_size must be a multiple of num_attention_heads ({heads}) "
+                    f"where head_dim is None, got {self.hidden_size}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be positive and even, got {self.head_dim}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
+        """The inverse of `dataclasses.asdict`; ValueError for a missing or odd key."""
+        try:
+            values = dict(values)
+            if values.get("rope_scaling") is not None:
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            return cls(**values)
+        except TypeError as error:  # it names the key
+            raise ValueError(f"not a LlamaConfig: {error}") from None
+
+
+# From the config.json of each model's official release.
+_LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ARCHITECTURES = {
+    "llama2-7b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+    ),
+    "tinyllama-1.1b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+    ),
+    "llama3.1-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(factor=8.0, **_LLAMA3_SCALING),
+    ),
+    "llama3.2-1b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(factor=32.0, **_LLAMA3_SCALING),
+        tie_word_embeddings=True,
+    ),
+}
