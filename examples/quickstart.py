@@ -24,7 +24,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from examples import terminal
-from examples.llama.model import Llama, LlamaConfig
+from examples.llama.architectures import LlamaConfig
+from examples.llama.model import Llama
 from mofo_jax import all_but_norms_and_biases, distance, mofo
 
 # A name is two tokens, so that a fact is (first, second, relation, value).

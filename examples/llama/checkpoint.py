@@ -1,111 +1,124 @@
-"""Save a model, and load what was saved or converted."""
+"""Checkpoints of a run, from which it goes on as if nothing had happened."""
 
-import dataclasses
-import json
-import os
+import contextlib
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.typing import DTypeLike
 
-from examples.llama.convert import abstract_model, load_llama2c, parameter_name
-from examples.llama.model import Llama, LlamaConfig
+MARGIN = 1 << 26  # bytes, for metrics and the report
 
 
-def load_model(
-    path: str | os.PathLike[str],
-    *,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> Llama:
-    """Loads a model from a llama2.c file or from a directory of `save_model`.
+class Checkpoints:
+    """The checkpoints under a directory, written in the background by Orbax.
 
-    Saved parameters come back bit for bit where `param_dtype` is the dtype they were
-    saved in, and are cast otherwise.
-
-    Args:
-      path: The file or directory.
-      dtype: The model's compute dtype.
-      param_dtype: The dtype of the parameters.
-
-    Raises:
-      FileNotFoundError: Nothing is at `path`.
-      ValueError: What is there is something else, or is damaged.
+    Each holds `state`, a tree of arrays, and `data`, what the data iterator says of
+    its position. One is complete or not there: it is written under another name first.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return load_llama2c(path, dtype=dtype, param_dtype=param_dtype)
-    for name in ("config.json", "params"):
-        if not (path / name).exists():
-            raise ValueError(f"{path}: not a model of save_model, it has no {name}")
-    try:
-        config = LlamaConfig.from_dict(json.loads((path / "config.json").read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
-    graph, state = abstract_model(config, dtype, param_dtype)
-    # Named, because the devices that it was saved from need not exist here.
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        nnx.to_pure_dict(state),
-    )
-    params = path.absolute() / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(params).item_metadata
-        if stored is None:
-            raise ValueError(f"{params}: damaged, or not a checkpoint of Orbax")
-        found = {leaf.name: leaf.shape for leaf in jax.tree.leaves(stored.tree)}
-        expected = {
-            parameter_name(at): x.shape for at, x in jax.tree.leaves_with_path(target)
-        }
-        for name in sorted(found.keys() | expected.keys()):
-            if found.get(name) != expected.get(name):
-                raise ValueError(
-                    f"{params}: shape of {name} is {found.get(name)}, expected "
-                    f"{expected.get(name)} by config.json"
-                )
+
+    def __init__(self, directory: Path, *, keep: int):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,  # of processes killed on the way
+            enable_async_checkpointing=True,
+        )
+        self.directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_names=("state", "data"),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last complete checkpoint."""
+        return self._manager.latest_step()
+
+    def where(self) -> str:
+        """The last good checkpoint, in words."""
+        if self.latest is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.directory / str(self.latest)}"
+
+    def save(self, step: int, state: Any, data: Any) -> None:
+        """Starts writing a checkpoint, after that of the save before is complete.
+
+        Raises:
+          OSError: This one or the one before could not be written.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+        )
         try:
-            weights = checkpointer.restore(params, target)
-        except Exception as error:  # of no closer type, and thousands of characters
-            reason = " ".join(str(error).split())[:160]
-            raise ValueError(f"{params}: cannot be read: {reason} ...") from error
-    nnx.replace_by_pure_dict(state, weights)
-    return nnx.merge(graph, state)
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise self._failure(error) from error
+
+    def finish(self) -> None:
+        """Waits until all is written; raises OSError where it could not be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def restore(self, like: Any) -> tuple[Any, Any]:
+        """State and data of the latest checkpoint.
+
+        Args:
+          like: The state's tree, with shapes, dtypes and shardings.
+
+        Raises:
+          ValueError: The checkpoint is damaged, or of another model or optimizer.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(self.latest, args=items)
+        except Exception as error:
+            where = self.directory / str(self.latest)
+            raise ValueError(f"{where}: cannot be read: {_short(error)}") from error
+        return found["state"], found["data"]
+
+    def preempted(self, step: int) -> bool:
+        """Whether the hosts agree that they are told to stop, at this step."""
+        return self._manager.reached_preemption(step)
+
+    def close(self) -> None:
+        """Ends the background work. Errors of writing came from `finish`, or are lost.
+
+        They must not take the place of what ended the run.
+        """
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    def _failure(self, error: Exception) -> OSError:
+        # Of the other arrays of this save, each with a traceback, after the end's line.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        return OSError(
+            f"{self.directory}: a checkpoint cannot be written: {_short(error)}"
+        )
 
 
-def save_model(model: Llama, directory: str | os.PathLike[str]) -> None:
-    """Writes config.json and the parameters for `load_model`, from one process.
+def check_space(directory: Path, state: Any, keep: int) -> None:
+    """Raises OSError where the disk cannot hold the checkpoints of a run.
 
-    All of it is written beside `directory` and renamed at the end. A process killed on
-    the way leaves the model that was there before, or, if it dies between the two
-    renames, has it under the name ``.{directory}.previous``.
-
-    Raises:
-      ValueError: `directory` holds something other than a model saved here.
+    That is `keep` of them, one more that is being written, and the exported model.
     """
-    directory = Path(directory).resolve()
-    staging = directory.with_name(f".{directory.name}.saving")
-    previous = directory.with_name(f".{directory.name}.previous")
-    if directory.exists():
-        found = {p.name for p in directory.iterdir()} if directory.is_dir() else None
-        if found not in (set(), {"config.json", "params"}):
-            raise ValueError(
-                f"{directory}: not overwritten, it is neither an empty directory nor "
-                "one with config.json and params alone"
-            )
-    shutil.rmtree(staging, ignore_errors=True)  # of a process killed on the way
-    staging.mkdir(parents=True)
-    config = json.dumps(dataclasses.asdict(model.config), indent=2)
-    (staging / "config.json").write_text(config + "\n")
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(staging / "params", params)
-    if directory.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.rename(previous)
-    staging.rename(directory)
-    shutil.rmtree(previous, ignore_errors=True)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    needed = (keep + 1) * size + MARGIN
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"{directory}: {keep} checkpoints and one on the way need "
+            f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower keep"
+        )
+
+
+def _short(error: Exception) -> str:
+    """An error of Orbax in a line; it may have thousands of characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

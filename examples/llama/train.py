@@ -1,309 +1,262 @@
-"""Fine-tune a Llama with MoFO or AdamW, and see what it learns and what it forgets.
+"""Fine-tune a Llama with MoFO, and see what it learns and what it forgets.
 
-Trains on the answers of GSM8K's records. Before, on the way and after, measures the
-loss on held-out answers and on text such as the model was pretrained on, and the
-distance from the pretrained weights. The output directory gets config.json,
-metrics.jsonl, losses.png and the model.
+python -m examples.llama.train --model DIR --data FILE --output DIR --epochs 2
+
+Reads a Hugging Face or llama2.c checkpoint and records of questions and answers, and
+leaves in OUTPUT/model a Hugging Face checkpoint, beside report.html with the plots,
+metrics.jsonl and events for TensorBoard. The same command again, after a run was
+stopped or killed, goes on where it was.
 """
 
-import dataclasses
+import contextlib
 import itertools
-import json
 import math
-import os
+import resource
+import signal
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import tyro
-from flax import nnx
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples import terminal
+from examples.files import write_json
 from examples.llama import data
-from examples.llama.checkpoint import load_model, save_model
-from examples.llama.tokenizer import load_llama2c_tokenizer
-from mofo_jax import all_but_norms_and_biases, distance, mofo
-
-OUTPUTS = ("config.json", "metrics.jsonl", "losses.png", "model")
-MEASURES = {
-    "eval_loss": "held-out loss (nats per answer token)",
-    "retain_loss": "retained-text loss (nats per token)",
-    "distance": "distance from the pretrained weights",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    model: Path
-    """A llama2.c checkpoint, or a directory that was saved from training."""
-    tokenizer: Path
-    """Its tokenizer, in llama2.c's format."""
-    data: Path
-    """Records to learn: JSON lines with "question" and "answer", as GSM8K's."""
-    eval_data: Path
-    """Held-out records, of the same form."""
-    retain_data: Path
-    """Plain text such as the model was pretrained on, on which forgetting shows."""
-    output: Path
-    """Directory for the results, which must not hold a run yet."""
-    # A plain str, so that `check` names an unknown method in one line.
-    method: Annotated[str, tyro.conf.arg(metavar="{adamw,mofo}")] = "mofo"
-    """The optimizer."""
-    alpha: float = 0.1
-    """MoFO's fraction of each parameter that moves in a step, above 0 and up to 1."""
-    learning_rate: float = 1e-3
-    """At its peak; it follows a cosine down to 0 at the last step."""
-    steps: int = 400
-    """Training steps."""
-    batch_size: int = 16
-    """Records per step."""
-    max_length: int = 256
-    """Tokens per record, of which longer ones keep the first; and per text window."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, of every entry and with either method."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0 to its peak."""
-    seed: int = 0
-    """Of the order of the records."""
-    eval_every: int = 100
-    """Steps between evaluations."""
-
-
-def check(config: Config) -> None:
-    """Raises ValueError or OSError for what is wrong before anything is loaded."""
-    if config.method not in ("adamw", "mofo"):
-        raise ValueError(f"method must be adamw or mofo, got {config.method!r}")
-    if not 0 < config.alpha <= 1:
-        raise ValueError(f"alpha must be above 0 and up to 1, got {config.alpha}")
-    if not 0 < config.learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be above 0, got {config.learning_rate}")
-    if not 0 <= config.weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be 0 or above, got {config.weight_decay}")
-    least_of = {"steps": 1, "batch_size": 1, "max_length": 2, "eval_every": 1}
-    for name, least in {**least_of, "warmup_steps": 0, "seed": 0}.items():
-        if (value := getattr(config, name)) < least:
-            raise ValueError(f"{name} must be {least} or above, got {value}")
-    if (warmup := config.warmup_steps) >= (steps := config.steps):
-        raise ValueError(f"warmup_steps must be below {steps} steps, got {warmup}")
-    for name in ("model", "tokenizer", "data", "eval_data", "retain_data"):
-        getattr(config, name).stat()  # the error names the file
-    output = config.output.absolute()
-    for name in OUTPUTS:
-        if (output / name).exists():
-            raise ValueError(f"{config.output}: holds a run already, in {name}")
-    existing = next(p for p in (output, *output.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{config.output}: cannot write to {existing}")
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer with its schedule: cosine decay to 0, warm-up before it if any."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-    )
-    adam = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": config.weight_decay}
-    if config.method == "adamw":
-        return optax.adamw(schedule, **adam)
-    # Norms get plain Adam, as in the authors' released code.
-    return mofo(schedule, config.alpha, filter_mask=all_but_norms_and_biases, **adam)
+from examples.llama.checkpoint import Checkpoints, check_space
+from examples.llama.config import Config, parse, settings
+from examples.llama.flops import peak_flops, training_flops
+from examples.llama.log import MetricsLog, environment
+from examples.llama.measures import TITLES
+from examples.llama.results import finish, sample
+from examples.llama.setup import Run, describe, set_up
+from examples.llama.sharding import put_batch
+from examples.llama.steps import compile_step, make_step
 
 
 def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     """Runs what `config` describes, with a bar and printed evaluations if `progress`.
 
     Returns:
-      "before" and "after", each a dictionary of "eval_loss" (nats per answer token,
-      over all held-out records), "retain_loss" (nats per token) and "distance", which
-      a rerun gives again; and "seconds" of training, without compilation and
-      evaluation, "milliseconds_per_step" and "tokens_per_second".
+      "before" and "after", each a dictionary of those of `measures.TITLES` that can be
+      measured, which a rerun gives again; and of the training since the last restart,
+      without compilation and evaluation, "seconds", "milliseconds_per_step",
+      "tokens_per_second" and "mfu", the share of the devices' peak that the model's
+      own operations took.
 
     Raises:
-      ValueError, OSError: Something is wrong with the configuration or a file. Nothing
-        has been written, unless the disk failed later on.
-      FloatingPointError: A loss or the distance is not finite. The metrics are kept.
+      ValueError, OSError: Something is wrong with the configuration, a file or the
+        disk. Before training has begun, nothing is written.
+      FloatingPointError: A loss or gradient is not finite.
+      terminal.Stopped: A signal came; a checkpoint has been written.
     """
+    first = jax.process_index() == 0
+    progress = progress and first
     say = tqdm.write if progress else lambda _: None
-    check(config)
-    model = load_model(config.model)
-    length, context = config.max_length, model.config.max_position_embeddings
-    if length > context:
-        raise ValueError(
-            f"max_length must be up to the model's {context}, got {length}"
-        )
-    tokenizer = load_llama2c_tokenizer(config.tokenizer, model.config.vocab_size)
-    training = data.load_gsm8k(config.data, tokenizer, length)
-    held_out = data.load_gsm8k(config.eval_data, tokenizer, length)
-    retained = data.load_text(config.retain_data, tokenizer, length)
-    batches = data.shuffled_batches(training, config.batch_size, config.seed)
-    for path, found in ((config.data, training), (config.eval_data, held_out)):
-        say(
-            f"{path.name}: {len(found.tokens)} records, {found.truncated} of them cut "
-            f"to {length} tokens; {found.dropped} dropped, no answer left"
-        )
-
-    graph, params = nnx.split(model)
-    # A copy, because the training step overwrites the parameters in place.
-    pretrained = jax.tree.map(jnp.copy, params)
-    optimizer = make_optimizer(config)
-    opt_state = optimizer.init(params)
-
-    @jax.jit
-    def loss_sum(params, tokens, mask):
-        logits = nnx.merge(graph, params)(tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.sum(losses, where=mask[:, 1:])
-
-    def mean_loss(params, tokens, mask):
-        return loss_sum(params, tokens, mask) / jnp.sum(mask, dtype=jnp.float32)
-
-    # Outputs in the order of the donated inputs: each reuses its predecessor's buffer.
-    def train_step(params, opt_state, tokens, mask):
-        loss, gradients = jax.value_and_grad(mean_loss)(params, tokens, mask)
-        # Optax mixes dtypes (decay**count), which strict promotion would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    def mean_loss_of_all(dataset: data.Dataset) -> float:
-        batches = data.ordered_batches(dataset, config.batch_size)
-        sums = [loss_sum(params, tokens, mask) for tokens, mask in batches]
-        total = np.sum(jax.device_get(sums), dtype=np.float64)
-        return float(total / dataset.mask.sum())
-
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_config(config, {"data": training, "eval_data": held_out})
-    lines = (config.output / "metrics.jsonl").open("x")
-    show = {"total": config.steps, "mininterval": 0, "disable": not progress}
-    with lines as metrics, tqdm(**show, **terminal.bar_style()) as bar:
-
-        def log(step: int, values: dict[str, float]) -> None:
-            """Writes a line of metrics.jsonl, and stops the run at a loss like NaN."""
-            odd = [name for name, x in values.items() if not math.isfinite(x)]
-            line = values | dict.fromkeys(odd)  # JSON has null for them
-            print(json.dumps({"step": step} | line), file=metrics, flush=True)
-            if odd:
-                raise FloatingPointError(f"{odd[0]} is {values[odd[0]]} at step {step}")
-
-        def evaluate(step: int) -> dict[str, float]:
-            bar.set_description("evaluating")
-            values = {
-                "eval_loss": mean_loss_of_all(held_out),
-                "retain_loss": mean_loss_of_all(retained),
-                "distance": float(jax.jit(distance)(params, pretrained)),
-            }
-            log(step, values)
-            say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            bar.set_description("training")
-            return values
-
-        before = evaluate(0)
-        example = next(data.ordered_batches(training, config.batch_size))
-        run_step = jax.jit(train_step, donate_argnums=(0, 1))
-        run_step = run_step.lower(params, opt_state, *example).compile()
-        bar.unpause()  # what came before does not count in the time left
-
-        pending: dict[int, jax.Array] = {}  # losses by step, still on the device
-        seconds, tokens_seen, refresh_at = 0.0, 0, 1
-        started = time.perf_counter()
-        for step, batch in enumerate(itertools.islice(batches, config.steps), start=1):
-            params, opt_state, pending[step] = run_step(params, opt_state, *batch)
-            tokens_seen += np.count_nonzero(batch[0] != data.PAD)
-            due = step % config.eval_every == 0 or step == config.steps
-            if step < refresh_at and not due:
-                continue  # the next step is queued while this one still runs
-            for done, loss in jax.device_get(pending).items():
-                log(done, {"loss": float(loss)})
-            pending.clear()
-            seconds += time.perf_counter() - started
-            started = time.perf_counter()
-            # Some five times a second, in steps: by the clock alone, the host would
-            # queue steps far ahead of the device.
-            refresh_at = step + max(1, int(0.2 * step / seconds))
-            rate = tokens_seen / seconds
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
-            bar.update(step - bar.n)
-            if due:
-                after = evaluate(step)
-                bar.unpause()
-                started = time.perf_counter()
-
-    nnx.update(model, params)
-    save_model(model, config.output / "model")
-    plot(config.output / "metrics.jsonl", config.output / "losses.png")
-    say(f"{'':38}{'before':>9}{'after':>9}")
-    for name, title in MEASURES.items():
-        say(f"{title:38}{before[name]:9.4f}{after[name]:9.4f}")
-    return {
-        "before": before,
-        "after": after,
-        "seconds": seconds,
-        "milliseconds_per_step": 1000 * seconds / config.steps,
-        "tokens_per_second": tokens_seen / seconds,
+    run = set_up(config, say)
+    output = config.output
+    check_space(output, run.state, config.keep)
+    if first and not (output / "config.json").exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "config.json", settings(config))
+    if first and not (output / "samples.json").exists():
+        write_json(output / "run.json", describe(run) | environment())
+        # Of the pretrained model, also where an earlier process was killed before this.
+        write_json(output / "samples.json", sample(run, run.state.params))
+    checkpoints = Checkpoints(output / "checkpoints", keep=config.keep)
+    log = MetricsLog(output, checkpoints.latest, first)
+    try:
+        loop = _Loop(run, checkpoints, log, progress=progress)
+        # Several processes need JAX's own handler of SIGTERM; see `_stopping`.
+        stop = terminal.StopRequest()
+        alone = jax.process_count() == 1
+        with stop if alone else contextlib.nullcontext(), loop.bar:
+            loop(stop)
+    except OSError as error:
+        raise OSError(f"{error}; {checkpoints.where()}") from error
+    finally:
+        log.close()
+        checkpoints.close()
+    rate, mfu = loop.speed(loop.seconds)
+    trained = max(1, run.steps - (loop.first or 0))
+    speed = {
+        "seconds": loop.seconds,
+        "milliseconds_per_step": 1000 * loop.seconds / trained,
+        "tokens_per_second": rate,
+        "mfu": mfu,
     }
+    result = finish(run, loop.state, speed)
+    say(f"{'':46}{'before':>10}{'after':>10}")
+    for name, value in result["before"].items():
+        say(f"{TITLES[name]:46}{value:10.4f}{result['after'][name]:10.4f}")
+    say(f"{rate:,.0f} tokens/s, MFU {mfu:.1%}")
+    say(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
+    return result
 
 
-def write_config(config: Config, datasets: dict[str, data.Dataset]) -> None:
-    """Writes config.json: every setting, what became of the records, and versions."""
-    values: dict[str, Any] = dataclasses.asdict(config)
-    for name, value in values.items():
-        values[name] = str(value.resolve()) if isinstance(value, Path) else value
-    values["records"] = {
-        name: {"kept": len(d.tokens), "truncated": d.truncated, "dropped": d.dropped}
-        for name, d in datasets.items()
-    }
-    text = json.dumps(values | environment(), indent=2)
-    (config.output / "config.json").write_text(text + "\n")
+class _Loop:
+    """The steps of a run from its last checkpoint on, and the speed they went at."""
 
-
-def environment() -> dict[str, Any]:
-    """What a run's numbers depend on besides its configuration."""
-    versions = {name: version(name) for name in ("jax", "optax", "flax")}
-    return {"device": jax.devices()[0].device_kind, "versions": versions}
-
-
-def plot(metrics: Path, image: Path) -> None:
-    """Draws the losses of a metrics.jsonl over the steps, as a PNG."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = {
-        name: list(
-            zip(*[(x["step"], x[name]) for x in lines if name in x], strict=True)
+    def __init__(
+        self, run: Run, checkpoints: Checkpoints, log: MetricsLog, *, progress: bool
+    ):
+        config = run.config
+        self.run, self.checkpoints, self.log = run, checkpoints, log
+        self.training = run.datasets.training
+        self.batches = data.training_batches(
+            self.training,
+            run.datasets.weights,
+            config.batch_size,
+            config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
-        for name in ("loss", "eval_loss", "retain_loss")
-    }
-    blue, orange = "#0072b2", "#d55e00"  # of Okabe and Ito's palette
-    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(*losses["loss"], color=blue, linewidth=1, label="training, each batch")
-    left.plot(*losses["eval_loss"], "o", color=orange, label="held-out records")
-    left.set(title="Fine-tuning", ylabel="loss (nats per answer token)")
-    left.legend()
-    right.plot(*losses["retain_loss"], "s-", color=orange)
-    right.set(
-        title="Retained text: rising is forgetting", ylabel="loss (nats per token)"
-    )
-    for axes in (left, right):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(image)
+        self.say = tqdm.write if progress else lambda _: None
+        self.state, self.first = run.state, checkpoints.latest
+        if self.first is not None:
+            self.state, position = checkpoints.restore(self.state)
+            self.batches.set_state(position)
+            self.say(f"going on from the checkpoint of step {self.first}")
+        peak, source = peak_flops(jax.local_devices()[0], config.dtype)
+        self.peak = peak * run.mesh.size
+        self.say(f"MFU is of {self.peak / 1e12:.3g} TFLOP/s ({source})")
+        self.flops = training_flops(
+            run.architecture, config.max_length, lora=config.lora_rank > 0
+        )
+        self.bar = tqdm(
+            total=run.steps,
+            initial=self.first or 0,
+            mininterval=0.2,
+            disable=not progress,
+            **terminal.bar_style(),
+        )
+        # Results of the last step, still on the device, and the rows of its batch.
+        self.pending: tuple[int, Any, np.ndarray] | None = None
+        self.seconds, self.tokens, self.started = 0.0, 0.0, 0.0
+
+    def __call__(self, stop: terminal.StopRequest) -> None:
+        config, steps = self.run.config, self.run.steps
+        if self.first is None:
+            self.evaluate(0)
+        self.bar.set_description("compiling")
+        run_step = self.compile()
+        self.go_on()
+        for step in range((self.first or 0) + 1, steps + 1):
+            batch = next(self.batches)
+            rows = batch.pop("row")
+            batch = put_batch(batch, self.run.mesh, config.accumulate)
+            self.state, metrics = run_step(self.state, self.run.frozen, batch)
+            self.settle()  # the step before, while this one runs
+            self.pending = step, metrics, rows
+            signum = _stopping(stop, self.checkpoints, step)
+            evaluating = step % config.eval_every == 0 or step == steps
+            saving = step % config.save_every == 0 or step == steps or signum
+            if not (evaluating or saving):
+                continue
+            self.settle()
+            self.seconds += time.perf_counter() - self.started
+            if evaluating:
+                self.evaluate(step)
+            if saving:
+                self.checkpoints.save(step, self.state, self.batches.get_state())
+            if signum:
+                self.checkpoints.finish()
+                raise terminal.Stopped(
+                    signum,
+                    f"stopped by signal {signum} after step {step}; the same command "
+                    f"goes on from there; {self.checkpoints.where()}",
+                )
+            self.go_on()
+        self.checkpoints.finish()
+
+    def compile(self) -> Any:
+        """The step for the shapes of a batch, of which none is used up."""
+        run, position = self.run, self.batches.get_state()
+        example = next(self.batches)
+        self.batches.set_state(position)
+        example.pop("row")
+        example = put_batch(example, run.mesh, run.config.accumulate)
+        step = make_step(run.graph, run.optimizer, run.schedule, packed=run.config.pack)
+        return compile_step(step, self.state, run.frozen, example, run.mesh)
+
+    def go_on(self) -> None:
+        """Starts the clocks; what came before does not count in the time left."""
+        self.bar.set_description("training")
+        self.bar.unpause()
+        self.started = time.perf_counter()
+
+    def settle(self) -> None:
+        """Logs the pending step, once the device is done with it."""
+        if self.pending is None:
+            return
+        (step, metrics, rows), self.pending = self.pending, None
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        self.tokens += values.pop("tokens")
+        self.log.write(step, values, "train")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                ids = (data.records_of(self.training, int(row)) for row in rows)
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}; the batch's records are "
+                    f"{', '.join(itertools.chain(*ids))}; {self.checkpoints.where()}"
+                )
+        rate, mfu = self.speed(self.seconds + time.perf_counter() - self.started)
+        memory = f"{_memory() / 1e9:.1f} GB"
+        loss = f"loss {values['loss']:.3f}"
+        self.bar.set_postfix_str(
+            f"{loss}, {rate:,.0f} tokens/s, {memory}, MFU {mfu:.0%}", refresh=False
+        )
+        self.bar.update(step - self.bar.n)
+
+    def speed(self, seconds: float) -> tuple[float, float]:
+        """Tokens per second, padding not counted, and the model FLOPs utilization."""
+        rate = self.tokens / max(seconds, 1e-9)
+        return rate, rate * self.flops / self.peak
+
+    def evaluate(self, step: int) -> None:
+        self.bar.set_description("evaluating")
+        values = self.run.measures(self.state.params)
+        self.log.write(step, values, "eval")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step}: {shown}")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}; {self.checkpoints.where()}"
+                )
+
+
+def _stopping(
+    stop: terminal.StopRequest, checkpoints: Checkpoints, step: int
+) -> int | None:
+    """The signal after which to stop now, on which several processes agree."""
+    if jax.process_count() > 1:
+        # JAX's own handler; it has every process stop after the same step.
+        return signal.SIGTERM if checkpoints.preempted(step) else None
+    return stop.signum
+
+
+def _memory() -> float:
+    """The most bytes in use so far: of the device's memory, else of the process's."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["peak_bytes_in_use"]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: exit code 2 for a bad argument or file, 1 for an odd loss."""
-    program = "python -m examples.llama.train"
-    config = tyro.cli(Config, prog=program, args=argv, description=__doc__)
+    """The command line.
+
+    Exit codes: 0; 2 for a bad argument, file or disk; 1 for a loss that is not finite;
+    143 after SIGTERM and 130 after SIGINT, once a checkpoint is written.
+    """
     with terminal.errors_on_one_line("train"):
+        config = parse(argv, "python -m examples.llama.train", __doc__)
+        if config.distributed:
+            jax.distributed.initialize(
+                config.coordinator, config.processes, config.process_id
+            )
         train(config)
 
 

@@ -1,0 +1,233 @@
+"""Records to learn from: JSON lines of the usual formats, as conversations."""
+
+import codecs
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant")
+
+# Fields that one turn of a user and an assistant come from, and whose format it is.
+_PAIRS = (
+    ("question", "answer"),  # GSM8K
+    ("instruction", "output"),  # Alpaca, with an "input" at times
+    ("query", "response"),  # MetaMathQA
+    ("prompt", "answer"),  # TRACE
+)
+_ALLOWED = (
+    "expected a JSON object with "
+    + ", ".join(f'"{user}" and "{assistant}"' for user, assistant in _PAIRS)
+    + ', "messages", or "text"'
+)
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str  # of ROLES
+    content: str
+
+
+class Record(NamedTuple):
+    """What one line holds."""
+
+    content: tuple[Message, ...] | str  # a conversation, or plain text
+    source: str  # "file:line", or "file:number" where it is no file of lines
+
+
+class Records(NamedTuple):
+    """What a file holds."""
+
+    records: list[Record]
+    bad: list[str]  # why the others were skipped, each with its file and line
+
+
+def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Records:
+    """Reads records, each in the format that its fields tell.
+
+    GSM8K has "question" and "answer", Alpaca "instruction", "output" and perhaps
+    "input" (which goes on a new line after the instruction, as in LLaMA-Factory),
+    MetaMathQA "query" and "response", TRACE "prompt" and "answer". Chats have
+    "messages" of a "role" (system, user or assistant) and a "content", and plain text
+    has "text". Other fields are ignored.
+
+    Args:
+      path: JSON lines, among which blank ones are ignored; or, in a file called .json,
+        one JSON list; or "hf:NAME[:CONFIG][:SPLIT]", a name or directory that
+        `datasets.load_dataset` takes, with the split "train" by default.
+      skip_bad: Whether to go on at a record that is malformed.
+
+    Returns:
+      The records, and why others were skipped.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: A record is malformed, or there is none; the message has the file,
+        the line (or the record's number from 1), and what is allowed.
+    """
+    path = os.fspath(path)
+    kind, values = "record", None
+    if path.startswith("hf:"):
+        values = _dataset(path)
+    elif path.lower().endswith(".json"):
+        values = _json_list(path)
+    if values is None:
+        kind, values = "line", _lines(path)
+    records: list[Record] = []
+    bad: list[str] = []
+    for number, value in values:
+        try:
+            if isinstance(value, bytes):
+                value = json.loads(value.decode().rstrip())
+            content = _content(value)
+        except (ValueError, RecursionError) as error:
+            reason = f"{path}, {kind} {number}: {_problem(error)}; {_ALLOWED}"
+            if not skip_bad:
+                raise ValueError(reason) from None
+            bad.append(reason)
+        else:
+            records.append(Record(content, f"{path}:{number}"))
+    if not records and bad:
+        raise ValueError(f"{path}: all records are bad, {len(bad)}. {bad[0]}")
+    if not records:
+        raise ValueError(f"{path}, {kind} 1: no record in the file; {_ALLOWED}")
+    return Records(records, bad)
+
+
+def parse_mixture(text: str) -> tuple[str, float]:
+    """Splits "FILE:WEIGHT", a source of records and its share of the rows.
+
+    Without a number at the end the weight is 1. A name that itself ends in a colon
+    and a number needs a weight behind it.
+
+    Raises:
+      ValueError: There is no name, or the weight is not above 0 and finite.
+    """
+    name, colon, end = text.rpartition(":")
+    try:
+        weight = float(end) if colon else math.nan
+    except ValueError:
+        colon = ""
+    if not colon:
+        name, weight = text, 1.0
+    if not name.strip():
+        raise ValueError(f"{text!r} names no file; expected FILE or FILE:WEIGHT")
+    if not 0 < weight < math.inf:
+        raise ValueError(f"{text!r} has weight {end}; expected one above 0, and finite")
+    return name, weight
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file, its line breaks as they are.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: It is not UTF-8; the message has the line.
+    """
+    data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: {error}; expected UTF-8") from None
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # of Windows' editors
+            if line.strip():
+                yield number, line
+
+
+def _json_list(path: str) -> Iterator[tuple[int, Any]] | None:
+    """A JSON list's values, or None where the file begins otherwise."""
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        return iter(enumerate(json.loads(text), start=1))
+    except (ValueError, RecursionError) as error:
+        where = f"{path}, line {getattr(error, 'lineno', 1)}"
+        raise ValueError(f"{where}: {_problem(error)}; expected a JSON list") from None
+
+
+def _problem(error: Exception) -> str:
+    """The error's message without JSON's line, which counts within a line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return str(error)
+
+
+def _dataset(path: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a dataset of the library `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{path}: needs `pip install datasets`") from None
+    name, config, split = (*path.removeprefix("hf:").split(":", 2), "", "")[:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except OSError:
+        raise
+    except Exception as error:  # it has many kinds
+        raise ValueError(
+            f"{path}: {error}; expected hf:NAME[:CONFIG][:SPLIT]"
+        ) from None
+    return enumerate(rows, start=1)
+
+
+def _content(value: Any) -> tuple[Message, ...] | str:
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__} found")
+    if "messages" in value:
+        return _messages(value["messages"])
+    for user, assistant in _PAIRS:
+        if user in value and assistant in value:
+            question, answer = _text(value, user), _text(value, assistant)
+            # Alpaca has an empty one where there is none, and some copies null.
+            if user == "instruction" and value.get("input") not in (None, ""):
+                question += "\n" + _text(value, "input")
+            return Message("user", question), Message("assistant", answer)
+    if "text" in value:
+        return _text(value, "text")
+    for user, assistant in _PAIRS:
+        if user in value:
+            raise ValueError(f'"{assistant}" is missing')
+    raise ValueError(f"fields {list(value)!s:.200} found")
+
+
+def _messages(values: Any) -> tuple[Message, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f'"messages" is {type(values).__name__}')
+    messages = []
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            raise ValueError(f"message {number} is {type(value).__name__}")
+        try:
+            message = Message(_text(value, "role"), _text(value, "content"))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+        if message.role not in ROLES:
+            raise ValueError(
+                f"message {number}: role is {message.role!r:.50}, not one of "
+                + ", ".join(ROLES)
+            )
+        messages.append(message)
+    if not any(message.role == "assistant" for message in messages):
+        raise ValueError('"messages" has no turn of an assistant')
+    return tuple(messages)
+
+
+def _text(value: dict[str, Any], field: str) -> str:
+    if field not in value:
+        raise ValueError(f'"{field}" is missing')
+    text = value[field]
+    if not isinstance(text, str):
+        raise ValueError(f'"{field}" is {type(text).__name__}')
+    text.encode()  # JSON can escape one half of a surrogate pair
+    return text

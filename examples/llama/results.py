@@ -1,0 +1,117 @@
+"""What a run leaves behind: the model, sample answers and the report."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from examples.files import write_json
+from examples.llama.config import settings
+from examples.llama.generate import generate, left_padded
+from examples.llama.huggingface import save_hugging_face
+from examples.llama.log import read_metrics
+from examples.llama.measures import TITLES, full_parameters
+from examples.llama.model import Llama
+from examples.llama.report import plot_losses, write_report
+from examples.llama.setup import Run, describe
+from examples.llama.steps import TrainState
+from examples.llama.tokenizer import save_tokenizer
+
+SAMPLE_TOKENS = 96
+
+
+def whole_model(run: Run, params: nnx.State) -> Llama:
+    """The model with these parameters, LoRA merged into its weights."""
+    if not run.config.lora_rank:
+        return nnx.merge(run.graph, params, run.frozen)
+    graph, state = run.plain
+    merged = jax.jit(full_parameters, static_argnums=2)(
+        params, run.frozen, run.lora_scale
+    )
+    state = jax.tree.map(lambda x: x, state)  # not to change the run's own
+    nnx.replace_by_pure_dict(state, merged)
+    return nnx.merge(graph, state)
+
+
+def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:
+    """The likeliest answers to the first questions, with the expected ones.
+
+    Of held-out records where there are any. In several processes there are none: each
+    would have to hold all parameters.
+    """
+    if jax.process_count() > 1 or not run.config.samples:
+        return []
+    model, tokenizer = whole_model(run, params), run.tokenizer
+    held_out = run.datasets.held_out
+    dataset = run.datasets.training[0] if held_out is None else held_out
+    # The first text of a row, up to the first token that counts, and the rest.
+    texts, prompts = [], []
+    for row in range(min(run.config.samples, len(dataset))):
+        inside = dataset.segment_ids[row] == 1
+        begin = int(np.argmax(dataset.loss_mask[row]))
+        tokens = dataset.tokens[row]
+        prompts.append(tokens[:begin])
+        texts.append(tokens[begin : np.count_nonzero(inside)])
+    length = max(map(len, prompts))
+    room = model.config.max_position_embeddings - length
+    if room < 1:
+        return []
+    tokens, mask = left_padded(prompts, len(prompts), length)
+    new = generate(
+        model,
+        tokens,
+        mask=mask,
+        max_new_tokens=min(SAMPLE_TOKENS, room),
+        eos_id=tokenizer.eos_ids,
+    )
+    return [
+        {
+            "prompt": tokenizer.decode(prompt.tolist()),
+            "expected": tokenizer.decode(text.tolist()),
+            "answer": tokenizer.decode(ids),
+        }
+        for prompt, text, ids in zip(
+            prompts, texts, np.asarray(new).tolist(), strict=True
+        )
+    ]
+
+
+def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]:
+    """Exports the model and writes the report; returns what `train` does."""
+    config = run.config
+    model, output = whole_model(run, state.params), config.output
+    save_hugging_face(
+        model,
+        output / "model",
+        dtype=config.export_dtype or config.param_dtype,
+        source=config.model if config.model.is_dir() else None,
+    )
+    per_tensor = run.measures.per_tensor(state.params)
+    metrics = read_metrics(output / "metrics.jsonl")
+    evaluations = [
+        {name: line[name] for name in TITLES if name in line}
+        for line in metrics
+        if "loss" not in line
+    ]
+    result = {"before": evaluations[0], "after": evaluations[-1], **speed}
+    if jax.process_index() > 0:
+        return result
+    save_tokenizer(run.tokenizer, output / "model")
+    samples = json.loads((output / "samples.json").read_text())
+    for line, later in zip(samples, sample(run, state.params), strict=True):
+        line["before"], line["after"] = line.pop("answer"), later["answer"]
+    plot_losses(metrics, output / "losses.png")
+    write_report(
+        output / "report.html",
+        title=f"{config.method} on {', '.join(run.datasets.names)}",
+        config=settings(config) | describe(run),
+        metrics=metrics,
+        before=result["before"],
+        after=result["after"] | speed,
+        per_tensor=per_tensor,
+        samples=samples,
+    )
+    write_json(output / "result.json", result)
+    return result
