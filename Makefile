@@ -4,21 +4,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow parity lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
 	touch $@
 
+# PyTorch's CPU build where pip's indices have one; PIP_EXTRA_INDEX_URL can add such.
+$(VENV)/installed-parity: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,parity]'
+	touch $@
+
 quickstart: $(VENV)/installed
 	$(BIN)/python -m examples.quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist loadscope -m "not slow"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+parity: $(VENV)/installed-parity
+	$(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

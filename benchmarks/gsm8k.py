@@ -18,7 +18,10 @@ import tyro
 from tqdm import tqdm
 
 from examples import terminal
-from examples.llama.train import Config, environment, train
+from examples.files import write_json
+from examples.llama.config import Config
+from examples.llama.log import environment
+from examples.llama.train import train
 
 # Method, alpha, learning rate.
 RUNS = (
@@ -58,9 +61,9 @@ def measure(args: Args) -> dict[str, Any]:
 
     Returns:
       "settings", "device", "versions" and "runs", a list of dictionaries with the
-      method, alpha and learning rate, and "before" and "after", the losses (nats per
-      token) and distance that `examples.llama.train.train` returns. Not its times,
-      which depend on what else the machine does.
+      method, alpha and learning rate, and "before" and "after", the measures that
+      `examples.llama.train.train` returns. Not its times, which depend on what else
+      the machine does.
 
     Raises:
       ValueError, OSError: A setting is out of range, or a file is missing or damaged.
@@ -95,21 +98,25 @@ def measure(args: Args) -> dict[str, Any]:
             bar.set_description(name(run))
             if any(run.items() <= other.items() for other in runs):
                 continue
+            paths = {key: args.data / file for key, file in files.items()}
+            paths["data"] = (str(paths["data"]),)
+            paths["eval_data"] = str(paths["eval_data"])
             config = Config(
-                **{key: args.data / file for key, file in files.items()},
+                **paths,
                 **training,
                 **({} if alpha is None else {"alpha": alpha}),
                 method=method,
                 learning_rate=learning_rate,
                 eval_every=args.steps,
+                save_every=args.steps,
+                keep=1,
+                samples=0,
+                mesh="fsdp=1",
                 output=Path(scratch) / str(len(runs)),
             )
             trained = train(config, progress=False)
             runs.append(run | {key: trained[key] for key in ("before", "after")})
-            text = json.dumps(results, indent=2) + "\n"
-            partial = args.output.with_suffix(".partial")
-            partial.write_text(text)
-            partial.replace(args.output)
+            write_json(args.output, results)
             # Each run compiles functions of its own, which would stay in memory.
             jax.clear_caches()
     return results
@@ -201,20 +208,20 @@ def report(results: dict[str, Any]) -> str:
     )
     rows = [
         "| learning rate | method | held-out loss | retained-text loss | forgotten "
-        "| distance |",
-        "|---|---|---|---|---|---|",
+        "| KL | distance |",
+        "|---|---|---|---|---|---|---|",
     ]
     before = runs[0]["before"]
     rows.append(
         f"| | pretrained | {before['eval_loss']:.3f} | {before['retain_loss']:.3f} "
-        "| | |"
+        "| | | |"
     )
     for run in order:
         after = run["after"]
         rows.append(
             f"| {rate(run)} | {method_name(run)} | {after['eval_loss']:.3f} "
             f"| {after['retain_loss']:.3f} | {forgotten(run):.3f} "
-            f"| {after['distance']:.2f} |"
+            f"| {after['kl']:.3f} | {after['distance']:.2f} |"
         )
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     return "\n".join(
@@ -226,7 +233,8 @@ def report(results: dict[str, Any]) -> str:
             f"cosine decay; {versions}, on {results['device']}. Written by "
             "`python -m benchmarks.gsm8k`. Held-out loss: nats per answer token over "
             "GSM8K's test records. Retained-text loss: nats per token of TinyStories. "
-            "Forgotten: its rise.",
+            "Forgotten: its rise. KL: from the pretrained model on that text, in nats "
+            "per token.",
             "",
             *rows,
             "",

@@ -11,10 +11,12 @@ from flax import nnx
 
 from benchmarks import gsm8k
 from benchmarks.gsm8k import main, report, same_learning_rate, same_loss
-from examples.llama.checkpoint import save_model
-from examples.llama.model import Llama, LlamaConfig
-from examples.llama.train import Config, train
+from examples.llama.config import Config
+from examples.llama.huggingface import save_hugging_face
+from examples.llama.model import Llama
+from examples.llama.train import train
 from tests.examples.llama.llama2c_files import BASE, write_tokenizer
+from tests.examples.llama.training import CONFIG
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "gsm8k_stories260k.json"
 
@@ -24,8 +26,13 @@ def run_of(method, alpha, learning_rate, eval_loss, retain_loss):
         "method": method,
         "alpha": alpha,
         "learning_rate": learning_rate,
-        "before": {"eval_loss": 6.0, "retain_loss": 1.0, "distance": 0.0},
-        "after": {"eval_loss": eval_loss, "retain_loss": retain_loss, "distance": 2.5},
+        "before": {"eval_loss": 6.0, "retain_loss": 1.0, "kl": 0.0, "distance": 0.0},
+        "after": {
+            "eval_loss": eval_loss,
+            "retain_loss": retain_loss,
+            "kl": 0.25,
+            "distance": 2.5,
+        },
     }
 
 
@@ -97,7 +104,7 @@ def test_table():
         }
     )
     header, rule, before, *rows = table_of(text)
-    assert len(header) == len(rule) == len(before) == 6
+    assert len(header) == len(rule) == len(before) == 7
     assert before[1:4] == ["pretrained", "6.000", "1.000"]
     assert [row[:2] for row in rows] == [
         ["3e-4", "AdamW"],
@@ -106,7 +113,7 @@ def test_table():
         ["1e-3", "MoFO 5%"],
         ["3e-3", "MoFO 10%"],
     ]
-    assert rows[3][2:] == ["2.500", "0.900", "-0.100", "2.50"]
+    assert rows[3][2:] == ["2.500", "0.900", "-0.100", "0.250", "2.50"]
     assert "9 steps of 2 records, up to 8 tokens" in text and "jax 0, on abacus" in text
     assert same_learning_rate(runs) in text and same_loss(runs) in text
 
@@ -116,20 +123,10 @@ def data(tmp_path_factory):
     """A directory as the benchmark reads it, with a tiny model in place of the real."""
     root = tmp_path_factory.mktemp("data")
     write_tokenizer(root / "tok512.bin", ["<unk>", *BASE, " "])
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=40,
-        tie_word_embeddings=True,
-    )
-    # A directory of save_model is read wherever a file of llama2.c is.
-    model = jax.jit(lambda: nnx.state(Llama(config, rngs=nnx.Rngs(0))))()
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    save_model(nnx.merge(graph, model), root / "stories260K.bin")
+    # A directory of safetensors is read wherever a file of llama2.c is.
+    model = jax.jit(lambda: nnx.state(Llama(CONFIG, rngs=nnx.Rngs(0))))()
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0))))
+    save_hugging_face(nnx.merge(graph, model), root / "stories260K.bin")
     for part in ("train", "test"):
         lines = [json.dumps({"question": "?", "answer": c * 5}) + "\n" for c in "abcde"]
         (root / f"gsm8k_{part}.jsonl").write_text("".join(lines))
@@ -168,12 +165,13 @@ def test_command(data, tmp_path, monkeypatch, capsys):
     config = Config(
         model=data / "stories260K.bin",
         tokenizer=data / "tok512.bin",
-        data=data / "gsm8k_train.jsonl",
-        eval_data=data / "gsm8k_test.jsonl",
+        data=(str(data / "gsm8k_train.jsonl"),),
+        eval_data=str(data / "gsm8k_test.jsonl"),
         retain_data=data / "tinystories_excerpt.txt",
         output=tmp_path / "run",
         method="adamw",
         learning_rate=3e-3,
+        mesh="fsdp=1",
         **{"steps": 4, "batch_size": 2, "max_length": 32, "seed": 3},
     )
     assert train(config, progress=False)["after"] == adamw["after"]

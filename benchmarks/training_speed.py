@@ -1,0 +1,221 @@
+"""Tokens per second of a fine-tuning step, beside PyTorch's and transformers' Llama.
+
+python -m benchmarks.training_speed --output docs/results/training_speed.json
+
+Both train the same shapes on the same random tokens, in turns in one process: ours as
+`examples.llama.train` does, with AdamW and with MoFO, the other one a plain loop over
+`transformers.LlamaForCausalLM` with `torch.optim.AdamW`, fused. Needs the extras
+examples and parity. On a GPU, --no-torch leaves the other one out.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from examples import terminal
+from examples.files import write_json
+from examples.llama.architectures import ARCHITECTURES, LlamaConfig
+from examples.llama.config import Config
+from examples.llama.flops import peak_flops, training_flops
+from examples.llama.huggingface_config import to_hugging_face
+from examples.llama.log import environment
+from examples.llama.model import Llama
+from examples.llama.optimizers import make_optimizer
+from examples.llama.sharding import make_mesh, put_batch, replicated
+from examples.llama.steps import compile_step, init_state, make_step
+
+SHAPES = {
+    "260K": LlamaConfig(  # of llama2.c's stories260K
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    ),
+    "15M": LlamaConfig(  # of llama2.c's stories15M
+        vocab_size=32000,
+        hidden_size=288,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+    ),
+    "134M": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+    ),
+    **ARCHITECTURES,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    output: Path
+    """The JSON file to write."""
+    shapes: tuple[str, ...] = ("260K", "15M", "134M")
+    """Names among 260K, 15M, 134M and those of examples.llama.architectures."""
+    batch_size: int = 4
+    """Rows of a step."""
+    length: int = 256
+    """Tokens of a row, none of them padding."""
+    answer_share: float = 0.5
+    """Share of a row, at its end, that is an answer: what the loss counts."""
+    dtype: str = "float32"
+    """Of the computation."""
+    param_dtype: str = "float32"
+    """Of the parameters."""
+    remat: str = "none"
+    """As of examples.llama.train."""
+    repeats: int = 7
+    """Steps of each, after two that do not count."""
+    torch: bool = True
+    """Measure PyTorch as well."""
+
+
+def prompt_length(args: Args) -> int:
+    """Tokens of a row that do not count; at least the first, which none predicts."""
+    return max(1, round(args.length * (1 - args.answer_share)))
+
+
+def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], float]:
+    """A function of tokens [B, L] that trains a step and returns the loss."""
+    config = Config(
+        model=Path(), data=(), output=Path(), method=method, learning_rate=1e-5, steps=9
+    )
+    mesh = make_mesh("fsdp=1")
+
+    @jax.jit
+    def create() -> nnx.State:
+        return nnx.state(new())
+
+    def new() -> Llama:
+        options = {"dtype": args.dtype, "param_dtype": args.param_dtype}
+        return Llama(shape, rngs=nnx.Rngs(0), remat=args.remat, **options)
+
+    graph, _ = nnx.split(nnx.eval_shape(new))
+    params = jax.device_put(create(), replicated(mesh))
+    optimizer = make_optimizer(config, 9)
+    state = init_state(optimizer, params, 0, mesh)
+    step = make_step(graph, optimizer, lambda _: 0.0, packed=False)
+    compiled = None
+
+    def run(tokens: np.ndarray) -> float:
+        nonlocal state, compiled
+        positions = np.broadcast_to(
+            np.arange(args.length, dtype=np.int32), tokens.shape
+        )
+        batch = {
+            "tokens": tokens,
+            "loss_mask": positions >= prompt_length(args),
+            "segment_ids": np.ones_like(tokens),
+            "positions": positions,
+        }
+        batch = put_batch(batch, mesh, 1)
+        if compiled is None:
+            compiled = compile_step(step, state, nnx.State({}), batch, mesh)
+        state, metrics = compiled(state, nnx.State({}), batch)
+        return float(metrics["loss"])
+
+    return run
+
+
+def torchs(args: Args, shape: LlamaConfig) -> Callable[[np.ndarray], float]:
+    """The same of PyTorch: a loop as its users write it."""
+    import torch
+    from transformers import LlamaConfig as TorchConfig
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(TorchConfig(**to_hugging_face(shape)))
+    model = model.to(getattr(torch, args.param_dtype))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-5, weight_decay=0.0, fused=True
+    )
+    # PyTorch's own way to bfloat16 over float32 parameters.
+    low = args.dtype != args.param_dtype
+
+    def run(tokens: np.ndarray) -> float:
+        ids = torch.from_numpy(tokens).long()
+        labels = ids.clone()
+        labels[:, : prompt_length(args)] = -100
+        with torch.autocast("cpu", getattr(torch, args.dtype), enabled=low):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return run
+
+
+def measure(args: Args) -> dict[str, Any]:
+    """Trains all in turns; see the module. Returns what it writes."""
+    results: dict[str, Any] = {"settings": dataclasses.asdict(args), **environment()}
+    results["settings"].pop("output")
+    results["shapes"] = {}
+    rng = np.random.default_rng(0)
+    peak, source = peak_flops(jax.devices()[0], args.dtype)
+    results["peak"] = {"flops": peak, "source": source}
+    total = len(args.shapes) * (args.repeats + 2)
+    with tqdm(total=total, **terminal.bar_style()) as bar:
+        for name in args.shapes:
+            bar.set_description(name)
+            shape = SHAPES[name]
+            runs = {m: ours(args, shape, m) for m in ("adamw", "mofo")}
+            if args.torch:
+                runs["torch"] = torchs(args, shape)
+            times: dict[str, list[float]] = {key: [] for key in runs}
+            losses = {}
+            for i in range(args.repeats + 2):
+                size = (args.batch_size, args.length)
+                tokens = rng.integers(shape.vocab_size, size=size, dtype=np.int32)
+                for key, run in runs.items():
+                    time.sleep(0.3)  # PyTorch's threads spin on after their work
+                    start = time.perf_counter()
+                    losses[key] = run(tokens)
+                    if i > 1:
+                        times[key].append(time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {losses['mofo']:.2f}", refresh=False)
+                bar.update()
+            flops = training_flops(shape, args.length)
+            results["shapes"][name] = found = {}
+            for key, seconds in times.items():
+                rate = args.batch_size * args.length / statistics.median(seconds)
+                found[key] = {"tokens_per_second": rate, "mfu": rate * flops / peak}
+                # Of each pair of steps, because the machine's speed varies.
+                others = zip(times["adamw"], seconds, strict=True)
+                ratio = statistics.median(b / a for a, b in others)
+                found[key]["time_over_our_adamw"] = ratio
+            write_json(args.output, results)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        f"{'model':8} {'':8} {'tokens/s':>10} {'MFU':>6} {'time over our AdamW':>20}"
+    ]
+    for name, found in results["shapes"].items():
+        for key, x in found.items():
+            lines.append(
+                f"{name:8} {key:8} {x['tokens_per_second']:10,.0f} {x['mfu']:6.1%} "
+                f"{x['time_over_our_adamw']:20.3f}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(measure(tyro.cli(Args, description=__doc__))))
