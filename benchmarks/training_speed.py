@@ -9,6 +9,7 @@ examples and parity. On a GPU, --no-torch leaves the other one out.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -166,6 +167,7 @@ def measure(args: Args) -> dict[str, Any]:
     """Trains all in turns; see the module. Returns what it writes."""
     results: dict[str, Any] = {"settings": dataclasses.asdict(args), **environment()}
     results["settings"].pop("output")
+    results["allocator"] = os.environ.get("GLIBC_TUNABLES", "")
     results["shapes"] = {}
     rng = np.random.default_rng(0)
     peak, source = peak_flops(jax.devices()[0], args.dtype)
@@ -183,10 +185,11 @@ def measure(args: Args) -> dict[str, Any]:
             for i in range(args.repeats + 2):
                 size = (args.batch_size, args.length)
                 tokens = rng.integers(shape.vocab_size, size=size, dtype=np.int32)
-                for key, run in runs.items():
+                # In another order each time: who comes after PyTorch is slower.
+                for key in (*runs, *runs)[i % len(runs) :][: len(runs)]:
                     time.sleep(0.3)  # PyTorch's threads spin on after their work
                     start = time.perf_counter()
-                    losses[key] = run(tokens)
+                    losses[key] = runs[key](tokens)
                     if i > 1:
                         times[key].append(time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {losses['mofo']:.2f}", refresh=False)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def environment() -> dict[str, Any]:
     """What a run's numbers depend on besides its configuration."""
     versions = {name: version(name) for name in ("jax", "optax", "flax")}
-    return {"device": jax.devices()[0].device_kind, "versions": versions}
+    device = jax.devices()[0].device_kind
+    processors = Path("/proc/cpuinfo")
+    if device == "cpu" and processors.exists():
+        found = re.search(r"model name\s*: (.*)", processors.read_text())
+        device = found[1] if found else device
+    return {"device": device, "versions": versions}
 
 
 class MetricsLog:

@@ -32,10 +32,11 @@ def test_prompts(tmp_path, share, length):
     assert training_speed.prompt_length(args) == length
 
 
-def test_published_results():
-    """The guide quotes the numbers of the file."""
+@pytest.mark.parametrize("name", ["training_speed", "training_speed_intel"])
+def test_published_results(name):
+    """The guide quotes the numbers of the files."""
     root = Path(__file__).parents[2]
-    results = json.loads((root / "docs/results/training_speed.json").read_text())
+    results = json.loads((root / f"docs/results/{name}.json").read_text())
     guide = (root / "docs/fine_tuning.md").read_text()
     for name, found in results["shapes"].items():
         cells = [f"{found[key]['tokens_per_second']:,.0f}" for key in found]
