@@ -138,6 +138,17 @@ def check_dtypes(params: Any) -> None:
             )
 
 
+def check_same_shapes(argument: str, tree: Any, like: Any) -> None:
+    """Raises unless a tree has the structure and the shapes of another one."""
+    shapes = [jax.tree.map(jnp.shape, x) for x in (tree, like)]
+    # As text: comparing trees of tuples would compare by their leaves alone.
+    if str(shapes[0]) != str(shapes[1]):
+        raise ValueError(
+            f"{argument} must have the structure and shapes {shapes[1]}, got "
+            f"{shapes[0]}"
+        )
+
+
 def leaf_names(params: Any) -> list[str]:
     """Paths of the leaves, such as ``layers/0/q_proj/kernel``."""
     paths = jax.tree_util.tree_leaves_with_path(params)

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from mofo_jax.checks import at_least_float32, check_alpha
-from mofo_jax.leaves import BlockAxesTree, check_dtypes, resolve_block_axes
+from mofo_jax.leaves import (
+    BlockAxesTree,
+    check_dtypes,
+    check_same_shapes,
+    resolve_block_axes,
+)
 from mofo_jax.selection import select_masks
 
 
@@ -31,9 +36,7 @@ def distance(params: Any, reference: Any) -> jax.Array:
     >>> distance({"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([0.0, 5.0])})
     Array(5., dtype=float32)
     """
-    shapes = (jax.tree.map(jnp.shape, tree) for tree in (params, reference))
-    if len({str(tree) for tree in shapes}) > 1:
-        raise ValueError("params and reference must have the same structure and shapes")
+    check_same_shapes("reference", reference, params)
     difference = jax.tree.map(
         lambda a, b: at_least_float32(a) - at_least_float32(b), params, reference
     )

@@ -37,7 +37,7 @@ def test_top_fraction_norm():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="same structure and shapes"):
+    with pytest.raises(ValueError, match="reference must have the structure"):
         distance(jnp.ones((3, 1)), jnp.ones((1, 3)))
     with pytest.raises(TypeError, match="parameter w has dtype int32"):
         top_fraction_norm({"w": jnp.arange(3)}, 0.5)

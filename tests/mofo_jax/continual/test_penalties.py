@@ -1,0 +1,129 @@
+"""Penalties on the distance from reference parameters, beside automatic gradients."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mofo_jax import filter_by_momentum
+from mofo_jax.continual import add_distance_penalty, fisher_diagonal
+
+PARAMS = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array([[3.0]])}
+REFERENCE = {"a": jnp.array([0.0, -2.0, 1.0]), "b": jnp.array([[1.0]])}
+GRADIENTS = {"a": jnp.array([0.1, 0.2, 0.3]), "b": jnp.array([[0.4]])}
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax mixes dtypes
+def updates_of(transformation, **extra):
+    state = transformation.init(PARAMS)
+    return transformation.update(GRADIENTS, state, PARAMS, **extra)[0]
+
+
+def test_by_hand():
+    updates = updates_of(add_distance_penalty(l1=1.0, l2=10.0), reference=REFERENCE)
+    expected = {"a": jnp.array([21.1, 0.2, -10.7]), "b": jnp.array([[41.4]])}
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+def test_importance_weighs_the_square_alone():
+    importance = {"a": jnp.array([2.0, 1.0, 0.0]), "b": jnp.array([[0.5]])}
+    updates = updates_of(
+        add_distance_penalty(l1=1.0, l2=10.0),
+        reference=REFERENCE,
+        importance=importance,
+    )
+    expected = {"a": jnp.array([41.1, 0.2, -0.7]), "b": jnp.array([[21.4]])}
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_is_the_gradient_of_the_penalty():
+    # Nowhere at distance zero, where an absolute value has no gradient.
+    reference = jax.tree.map(lambda x: x + 0.25, REFERENCE)
+
+    def penalty(params):
+        moved = jax.tree.map(jnp.subtract, params, reference)
+        return 0.3 * optax.tree.norm(moved, ord=1) + 0.7 * optax.tree.norm(moved) ** 2
+
+    updates = updates_of(add_distance_penalty(l1=0.3, l2=0.7), reference=reference)
+    total = jax.tree.map(jnp.add, GRADIENTS, jax.grad(penalty)(PARAMS))
+    chex.assert_trees_all_close(updates, total, rtol=1e-6)
+
+
+def test_coupled_and_decoupled():
+    """Adam rescales what comes before it; what comes after it stays as it is."""
+    penalty = add_distance_penalty(l2=0.5)
+    adam = optax.scale_by_adam()
+    plain = updates_of(adam)
+    coupled = updates_of(optax.chain(penalty, adam), reference=REFERENCE)
+    decoupled = updates_of(optax.chain(adam, penalty), reference=REFERENCE)
+    # Adam's first update is the sign of its gradient.
+    chex.assert_trees_all_close(coupled["a"], jnp.array([1.0, 1.0, -1.0]), rtol=1e-5)
+    moved = jax.tree.map(jnp.subtract, PARAMS, REFERENCE)
+    expected = jax.tree.map(jnp.add, plain, moved)
+    chex.assert_trees_all_close(decoupled, expected, rtol=1e-5)
+
+
+def test_within_a_momentum_filter():
+    inner = optax.chain(add_distance_penalty(l2=0.5), optax.scale_by_adam())
+    updates = updates_of(filter_by_momentum(inner, 0.34), reference=REFERENCE)
+    assert (updates["a"] != 0).tolist() == [True, False, False]
+
+
+def test_dtypes_stay():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    penalty = add_distance_penalty(l1=1e-3, l2=1e-3)
+    gradients = jax.tree.map(lambda x: x.astype(jnp.bfloat16), GRADIENTS)
+    updates, state = jax.jit(penalty.update)(
+        gradients, penalty.init(params), params, reference=REFERENCE
+    )
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    assert not jax.tree.leaves(state)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1"])
+def test_bad_strengths(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a number, 0 or above"):
+        add_distance_penalty(**{name: value})
+
+
+def test_what_update_needs():
+    penalty = add_distance_penalty(l2=1.0)
+    with pytest.raises(ValueError, match="needs params and reference"):
+        penalty.update(GRADIENTS, penalty.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="reference must have the structure"):
+        updates_of(penalty, reference={"a": REFERENCE["a"]})
+    with pytest.raises(ValueError, match="importance must have the structure"):
+        updates_of(penalty, reference=REFERENCE, importance={"a": REFERENCE["a"]})
+
+
+def test_fisher_of_logistic_regression():
+    """At the true parameters it is x^2 p (1 - p), in the mean over drawn labels."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 2))
+    w = np.array([0.5, -1.0])
+    p = 1 / (1 + np.exp(-x @ w))
+    y = rng.random(4000) < p
+
+    def loss(w, example):
+        logit = jnp.dot(example[0], w)
+        return optax.sigmoid_binary_cross_entropy(logit, example[1])
+
+    examples = [(jnp.float32(a), jnp.float32(b)) for a, b in zip(x, y, strict=True)]
+    fisher = fisher_diagonal(jax.jit(jax.grad(loss)), jnp.float32(w), examples)
+    exact = np.mean(x**2 * (p * (1 - p))[:, None], axis=0)
+    np.testing.assert_allclose(fisher, exact, rtol=0.1)
+
+
+def test_fisher_needs_examples():
+    with pytest.raises(ValueError, match="examples must be one or more"):
+        fisher_diagonal(lambda p, x: p, PARAMS, [])
+
+
+def test_fisher_of_low_precision_is_float32():
+    params = jnp.ones(3, jnp.bfloat16)
+    fisher = fisher_diagonal(lambda p, x: p * x, params, [jnp.bfloat16(1e-3)])
+    assert fisher.dtype == jnp.float32 and (fisher > 0).all()
