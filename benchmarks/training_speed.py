@@ -32,7 +32,7 @@ from examples.llama.log import environment
 from examples.llama.model import Llama
 from examples.llama.optimizers import make_optimizer
 from examples.llama.sharding import make_mesh, put_batch, replicated
-from examples.llama.steps import compile_step, init_state, make_step
+from examples.llama.steps import Fixed, compile_step, init_state, make_step
 
 SHAPES = {
     "260K": LlamaConfig(  # of llama2.c's stories260K
@@ -113,7 +113,7 @@ def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], 
     optimizer = make_optimizer(config, 9)
     state = init_state(optimizer, params, 0, mesh)
     step = make_step(graph, optimizer, lambda _: 0.0, packed=False)
-    compiled = None
+    compiled, fixed = None, Fixed(nnx.State({}))
 
     def run(tokens: np.ndarray) -> float:
         nonlocal state, compiled
@@ -128,8 +128,8 @@ def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], 
         }
         batch = put_batch(batch, mesh, 1)
         if compiled is None:
-            compiled = compile_step(step, state, nnx.State({}), batch, mesh)
-        state, metrics = compiled(state, nnx.State({}), batch)
+            compiled = compile_step(step, state, fixed, batch, mesh=mesh)
+        state, metrics = compiled(state, fixed, batch)
         return float(metrics["loss"])
 
     return run

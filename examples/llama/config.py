@@ -1,17 +1,13 @@
-"""What a training run is told: its settings, the presets, and what is checked first."""
+"""What a training run is told: its settings, and the presets."""
 
 import dataclasses
 import json
-import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-
-from examples.llama.records import parse_mixture
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Many = tyro.conf.UseAppendAction
@@ -55,12 +51,14 @@ class Config:
 
     # Optimizer
     # A plain str, so that `check` names an unknown method in one line.
-    method: Annotated[str, tyro.conf.arg(metavar="{adamw,mofo,lion,mofo-lion}")] = (
-        "mofo"
-    )
-    """The optimizer; mofo-lion is the momentum filter over Lion."""
+    method: Annotated[
+        str, tyro.conf.arg(metavar="{adamw,mofo,lion,mofo-lion,gradient,mv,random,hft}")
+    ] = "mofo"
+    """The optimizer. mofo-lion is the momentum filter over Lion; gradient, mv and
+    random select by other scores than mofo, with the same Adam; hft is Adam on half of
+    the matrices, drawn by the seed."""
     alpha: float = 0.1
-    """MoFO's fraction of each parameter that moves in a step, above 0 and up to 1."""
+    """The fraction of each parameter that moves in a step, above 0 and up to 1."""
     learning_rate: float = 2e-5
     """At its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -75,6 +73,35 @@ class Config:
     """Train a product of this rank beside each projection, not the weights (LoRA)."""
     lora_alpha: float = 16.0
     """LoRA's alpha: the product is multiplied by alpha / rank."""
+
+    # Against forgetting
+    regularize: Annotated[tuple[str, ...], Many, tyro.conf.arg(metavar="KIND:X")] = ()
+    """A penalty of strength X, several times too: l1 or l2, the distance from the
+    pretrained weights, in the loss; l1-decoupled or l2-decoupled, beside it, as weight
+    decay is; ewc, l2 weighted by the Fisher information of --fisher-data; kl, the
+    divergence from the pretrained model's predictions of the answers learned."""
+    fisher_data: str | None = None
+    """Records for ewc, of what is to be kept, in any of the forms of --data; or self,
+    texts that the pretrained model writes."""
+    fisher_records: int = 128
+    """How many of them."""
+    replay: Annotated[tuple[str, ...], Many, tyro.conf.arg(metavar="FILE:SHARE")] = ()
+    """Records to see again, SHARE rows of them for each row of --data; several times
+    too. self:SHARE replays texts that the pretrained model writes by itself."""
+    self_replay_rows: int = 256
+    """How many texts the pretrained model writes."""
+    soft_targets: bool = True
+    """Replay those texts by the pretrained model's predictions, not as plain text."""
+    gem: Annotated[tuple[str, ...], Many, tyro.conf.arg(metavar="FILE")] = ()
+    """Records of an earlier task, whose loss no step may raise (GEM), or self; several
+    times too. Each takes a gradient more per step."""
+    gem_margin: float = 0.5
+    """The least weight of an earlier task's gradient where the step is changed."""
+    gem_per_tensor: bool = False
+    """Compare gradients tensor by tensor instead of whole."""
+    interpolate: Annotated[str | None, tyro.conf.arg(metavar="W[:W]")] = None
+    """At the end, go back to this share of the way from the pretrained weights: one
+    number (Wise-FT), or that of the first and of the last layer (as in HMA)."""
 
     # Length and size
     steps: int | None = None
@@ -125,7 +152,9 @@ class Config:
     """Of the exported model; by default the parameters'."""
 
 
-METHODS = ("adamw", "mofo", "lion", "mofo-lion")
+METHODS = ("adamw", "mofo", "lion", "mofo-lion", "gradient", "mv", "random", "hft")
+REGULARIZERS = ("l1", "l2", "l1-decoupled", "l2-decoupled", "ewc", "kl")
+SELF = "self"  # the name of what the pretrained model writes, among replayed files
 
 # The paper's runs, as far as it tells their settings.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -175,8 +204,9 @@ def parse(argv: Sequence[str] | None, program: str, description: str) -> Config:
         raise ValueError(f"preset must be one of {allowed}; got {early.preset!r}")
     preset = {} if early.preset is None else PRESETS[early.preset]
     options = [] if early.config is None else _options(early.config)
-    if any(x == "--data" or x.startswith("--data=") for x in argv):
-        options = [x for x in options if not x.startswith("--data=")]
+    for flag in ("--data", "--regularize", "--replay", "--gem"):  # no mixture of both
+        if any(x == flag or x.startswith(f"{flag}=") for x in argv):
+            options = [x for x in options if not x.startswith(f"{flag}=")]
     required = dict.fromkeys(("model", "data", "output"), tyro.MISSING)
     return tyro.cli(
         Config,
@@ -216,64 +246,6 @@ def _options(path: Path) -> list[str]:
             many = value if isinstance(value, list) else [value]
             options += [f"--{flag}={x}" for x in many]
     return options
-
-
-def check(config: Config) -> None:
-    """Raises ValueError or OSError for what is wrong before anything is loaded."""
-    if config.method not in METHODS:
-        allowed = ", ".join(METHODS)
-        raise ValueError(f"method must be one of {allowed}; got {config.method!r}")
-    if not 0 < config.alpha <= 1:
-        raise ValueError(f"alpha must be above 0 and up to 1, got {config.alpha}")
-    above = {
-        "learning_rate": config.learning_rate,
-        "clip_norm": config.clip_norm,
-        "epochs": config.epochs,
-        "lora_alpha": config.lora_alpha,
-    }
-    for name, value in above.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be above 0, got {value}")
-    if not 0 <= config.weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be 0 or above, got {config.weight_decay}")
-    if (config.steps is None) == (config.epochs is None):
-        raise ValueError(
-            f"give one of steps and epochs, got {config.steps} and {config.epochs}"
-        )
-    least_of = {
-        "steps": 1,
-        "batch_size": 1,
-        "accumulate": 1,
-        "max_length": 2,
-        "eval_every": 1,
-        "save_every": 1,
-        "keep": 1,
-        "warmup_steps": 0,
-        "lora_rank": 0,
-        "samples": 0,
-        "seed": 0,
-    }
-    for name, least in least_of.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be {least} or above, got {value}")
-    if config.batch_size % config.accumulate:
-        raise ValueError(
-            f"accumulate must divide batch_size ({config.batch_size}), got "
-            f"{config.accumulate}"
-        )
-    for name in ("model", "tokenizer", "retain_data"):
-        if (path := getattr(config, name)) is not None:
-            path.stat()  # the error names the file
-    if config.tokenizer is None and not config.model.is_dir():
-        raise ValueError(f"tokenizer must be given, {config.model} is no directory")
-    for text in (*config.data, config.eval_data):
-        if text is not None and not text.startswith("hf:"):
-            Path(parse_mixture(text)[0]).stat()
-    output = config.output.absolute()
-    existing = next(p for p in (output, *output.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{config.output}: cannot write to {existing}")
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def load_dataset(
             f"{path}: none of {len(pieces)} records has a token to learn within "
             f"max_length {max_length}"
         )
-    make_rows = _packed_rows if pack else _rows
+    make_rows = _packed_rows if pack else one_a_row
     rows = make_rows(examples, max_length, tokenizer.pad_id)
     return dataclasses.replace(
         rows, truncated=truncated, dropped=dropped, bad=tuple(bad)
@@ -144,7 +144,7 @@ def load_text(
         examples.append(
             Example(tokens, np.arange(len(tokens)) > 0, f"{os.fspath(path)}:{line}")
         )
-    return _rows(examples, max_length, tokenizer.pad_id)
+    return one_a_row(examples, max_length, tokenizer.pad_id)
 
 
 def training_batches(
@@ -262,8 +262,8 @@ def ordered_batches(
     return generate()  # so that a bad argument is raised here, not at the first batch
 
 
-def _rows(examples: Sequence[Example], length: int, pad_id: int) -> Dataset:
-    """One example in each row."""
+def one_a_row(examples: Sequence[Example], length: int, pad_id: int) -> Dataset:
+    """Examples of up to `length` tokens, one in each row."""
     tokens = np.full((len(examples), length), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, example in enumerate(examples):

@@ -20,12 +20,26 @@ CHUNKS = 4  # at least; more could leave out more, but each adds up the head's g
 
 
 def next_token_loss(
-    model: nnx.Module, batch: Batch, *, packed: bool
+    model: nnx.Module,
+    batch: Batch,
+    *,
+    packed: bool,
+    pretrained: nnx.Module | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of the losses that a batch counts, and how many they are, as float32."""
+    """The sum of the losses that a batch counts, and how many they are, as float32.
+
+    With `pretrained`, the batch's "kl_weight" (float32 [B, L]) is how much of the
+    divergence from that model's predictions is added where a token is predicted. A
+    token outside of the loss mask that has one counts as well.
+    """
     hidden, targets, mask = predict(model, batch, packed)
     total = cross_entropy_sum(hidden, model.head(), targets, mask)
-    return total, jnp.sum(mask, dtype=jnp.float32)
+    if pretrained is None:
+        return total, jnp.sum(mask, dtype=jnp.float32)
+    other, _, _ = jax.lax.stop_gradient(predict(pretrained, batch, packed))
+    weight = _of_next(batch["kl_weight"])
+    total += kl_sum(hidden, model.head(), other, pretrained.head(), weight)
+    return total, jnp.sum(mask | (weight > 0), dtype=jnp.float32)
 
 
 def predict(
@@ -44,8 +58,12 @@ def predict(
         segment_ids=batch["segment_ids"] if packed else None,
     )
     targets = jnp.roll(batch["tokens"], -1, axis=1)
-    mask = jnp.roll(batch["loss_mask"], -1, axis=1).at[:, -1].set(False)
-    return hidden, targets, mask
+    return hidden, targets, _of_next(batch["loss_mask"])
+
+
+def _of_next(x: jax.Array) -> jax.Array:
+    """At each position what x [B, L] has at the next one; the last has none."""
+    return jnp.roll(x, -1, axis=1).at[:, -1].set(jnp.zeros([], x.dtype))
 
 
 def cross_entropy_sum(
@@ -129,26 +147,29 @@ def kl_sum(
     head: jax.Array,
     reference_hidden: jax.Array,
     reference_head: jax.Array,
-    mask: jax.Array,
+    weights: jax.Array,
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> jax.Array:
-    """The sum over positions of KL(reference || model), in nats, where `mask` is True.
+    """The weighted sum over positions of KL(reference || model), in nats.
 
     That is the forward divergence, E log(reference / model) under the reference. The
-    arguments are as of `cross_entropy_sum`, of the model and of the reference.
+    arguments are as of `cross_entropy_sum`, of the model and of the reference; weights
+    [B, T], a mask too.
     """
     kernels = head.astype(hidden.dtype), reference_head.astype(reference_hidden.dtype)
 
     def add(total, chunk):
-        x, reference_x, mask = chunk
+        x, reference_x, weights = chunk
         log_q = jax.nn.log_softmax(_logits(x, kernels[0]))
         log_p = jax.nn.log_softmax(_logits(reference_x, kernels[1]))
         divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-        return total + jnp.sum(divergence, where=mask), None
+        return total + jnp.sum(divergence * weights), None
 
-    chunks = _chunks(chunk_bytes, head.shape[1], hidden, reference_hidden, mask)
-    return jax.lax.scan(add, jnp.float32(0), chunks)[0]
+    # A gradient computes each chunk's logits again instead of keeping them.
+    weights = weights.astype(jnp.float32)
+    chunks = _chunks(chunk_bytes, head.shape[1], hidden, reference_hidden, weights)
+    return jax.lax.scan(jax.checkpoint(add), jnp.float32(0), chunks)[0]
 
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:

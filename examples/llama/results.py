@@ -1,6 +1,8 @@
 """What a run leaves behind: the model, sample answers and the report."""
 
+import functools
 import json
+import re
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from examples.files import write_json
+from examples.llama.checks import parse_interpolation
 from examples.llama.config import settings
 from examples.llama.generate import generate, left_padded
 from examples.llama.huggingface import save_hugging_face
@@ -16,8 +19,10 @@ from examples.llama.measures import TITLES, full_parameters
 from examples.llama.model import Llama
 from examples.llama.report import plot_losses, write_report
 from examples.llama.setup import Run, describe
+from examples.llama.sharding import shardings_of
 from examples.llama.steps import TrainState
 from examples.llama.tokenizer import save_tokenizer
+from mofo_jax.continual import interpolate
 
 SAMPLE_TOKENS = 96
 
@@ -25,14 +30,40 @@ SAMPLE_TOKENS = 96
 def whole_model(run: Run, params: nnx.State) -> Llama:
     """The model with these parameters, LoRA merged into its weights."""
     if not run.config.lora_rank:
-        return nnx.merge(run.graph, params, run.frozen)
+        return nnx.merge(run.graph, params, run.fixed.frozen)
     graph, state = run.plain
     merged = jax.jit(full_parameters, static_argnums=2)(
-        params, run.frozen, run.lora_scale
+        params, run.fixed.frozen, run.lora_scale
     )
     state = jax.tree.map(lambda x: x, state)  # not to change the run's own
     nnx.replace_by_pure_dict(state, merged)
     return nnx.merge(graph, state)
+
+
+def interpolated(run: Run, state: TrainState) -> TrainState:
+    """The state between the pretrained and the trained weights, where that is asked.
+
+    The layers' weights go in equal steps from the first one's to the last one's. The
+    embedding has that of the first layer, the last norm and the head that of the last.
+    """
+    if run.config.interpolate is None:
+        return state
+    first, last = parse_interpolation(run.config.interpolate)
+    layers = run.architecture.num_hidden_layers
+
+    def weight(name: str) -> float:
+        if name.startswith("embed_tokens"):
+            return first
+        number = re.match(r"layers/(\d+)/", name)
+        if number is None:
+            return last
+        return first + (last - first) * int(number[1]) / max(1, layers - 1)
+
+    between = jax.jit(
+        functools.partial(interpolate, weight=weight),
+        out_shardings=shardings_of(state.params),
+    )
+    return state._replace(params=between(run.fixed.pretrained, state.params))
 
 
 def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:

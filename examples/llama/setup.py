@@ -1,5 +1,6 @@
 """From a configuration to all that a training run needs, checked on the way."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,24 +13,24 @@ from jax.sharding import Mesh
 
 from examples.llama import data
 from examples.llama.architectures import LlamaConfig
-from examples.llama.config import Config, check, same_run
+from examples.llama.checks import check, parse_regularizers
+from examples.llama.config import Config, same_run
 from examples.llama.convert import load_model
 from examples.llama.lora import add_lora
+from examples.llama.loss import next_token_loss
 from examples.llama.measures import Measures
 from examples.llama.model import Llama
 from examples.llama.optimizers import Schedule, make_optimizer, make_schedule
-from examples.llama.records import parse_mixture
-from examples.llama.sharding import batch_rows, make_mesh, parameter_sharding
-from examples.llama.steps import TrainState, init_state
+from examples.llama.replay import Datasets, add_self_replay, load_data
+from examples.llama.sharding import (
+    batch_rows,
+    make_mesh,
+    parameter_sharding,
+    replicated,
+)
+from examples.llama.steps import Fixed, TrainState, init_state
 from examples.llama.tokenizer import Tokenizer, load_tokenizer
-
-
-class Datasets(NamedTuple):
-    names: list[str]  # of the files to learn from, and so the next two
-    training: list[data.Dataset]
-    weights: list[float]
-    held_out: data.Dataset | None
-    retained: data.Dataset | None
+from mofo_jax.continual import fisher_diagonal
 
 
 class Run(NamedTuple):
@@ -41,18 +42,21 @@ class Run(NamedTuple):
     datasets: Datasets
     steps: int
     state: TrainState
-    frozen: nnx.State  # parameters that do not train
+    fixed: Fixed
     architecture: LlamaConfig
     graph: nnx.GraphDef  # of the model that trains
     plain: tuple[nnx.GraphDef, nnx.State]  # of it without LoRA, shapes only
     lora_scale: float
+    reference: nnx.GraphDef | None  # of the pretrained model, where the loss needs it
     optimizer: optax.GradientTransformation
     schedule: Schedule
     measures: Measures
 
 
-def set_up(config: Config, say: Callable[[str], None]) -> Run:
-    """Loads and builds everything; writes nothing.
+def set_up(
+    config: Config, say: Callable[[str], None], *, progress: bool = False
+) -> Run:
+    """Loads and builds everything; writes nothing. `progress` shows bars.
 
     Raises:
       ValueError, OSError: As of `train`.
@@ -76,6 +80,7 @@ def set_up(config: Config, say: Callable[[str], None]) -> Run:
         sharding=parameter_sharding(mesh),
     )
     check_model(config, model, datasets)
+    datasets = add_self_replay(datasets, config, model, tokenizer, progress=progress)
     model.remat = config.remat
 
     plain_graph, pretrained = nnx.split(model)
@@ -106,9 +111,18 @@ def set_up(config: Config, say: Callable[[str], None]) -> Run:
     )
     steps = config.steps
     if steps is None:
-        examples = sum(map(len, datasets.training))
+        learned = sum(map(len, datasets.training[: datasets.learned]))
+        weights = datasets.weights
+        replayed = sum(weights) / sum(weights[: datasets.learned])
+        examples = learned * replayed
         steps = max(1, math.ceil(config.epochs * examples / config.batch_size))
     optimizer = make_optimizer(config, steps)
+    kinds = parse_regularizers(config.regularize)
+    soft = "kl" in kinds or datasets.soft_from is not None
+    needed = kinds or soft or config.interpolate is not None
+    fisher = None
+    if "ewc" in kinds:
+        fisher = estimate_fisher(config, graph, params, frozen, datasets.fisher, mesh)
     return Run(
         config=config,
         mesh=mesh,
@@ -116,15 +130,41 @@ def set_up(config: Config, say: Callable[[str], None]) -> Run:
         datasets=datasets,
         steps=steps,
         state=init_state(optimizer, params, config.seed, mesh),
-        frozen=frozen,
+        fixed=Fixed(frozen, pretrained if needed else None, fisher),
         architecture=model.config,
         graph=graph,
         plain=plain,
         lora_scale=lora_scale,
+        reference=plain_graph if soft else None,
         optimizer=optimizer,
         schedule=make_schedule(config, steps),
         measures=measures,
     )
+
+
+def estimate_fisher(
+    config: Config,
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    frozen: nnx.State,
+    dataset: data.Dataset,
+    mesh: Mesh,
+) -> Any:
+    """The Fisher information of the first of `fisher_data`'s rows, each by itself."""
+
+    @jax.jit
+    def gradient(params: nnx.State, row: Any) -> Any:
+        def loss(params: nnx.State) -> jax.Array:
+            model = nnx.merge(graph, params, frozen)
+            return next_token_loss(model, row, packed=False)[0]
+
+        return jax.grad(loss)(params)
+
+    # A row goes to all devices, of which each has its part of the parameters.
+    rows = itertools.islice(data.ordered_batches(dataset, 1), config.fisher_records)
+    examples = (jax.device_put(row, replicated(mesh)) for row in rows)
+    with jax.numpy_dtype_promotion("standard"):  # as in compile_step
+        return fisher_diagonal(gradient, params, examples)
 
 
 def check_output(config: Config) -> None:
@@ -138,44 +178,12 @@ def check_output(config: Config) -> None:
         raise ValueError(f"{output}: not empty, and it holds no run to go on with")
 
 
-def load_data(
-    config: Config, tokenizer: Tokenizer, say: Callable[[str], None]
-) -> Datasets:
-    """All records and texts as tokens; says how many were cut, dropped or skipped."""
-
-    def load(path: str, pack: bool) -> data.Dataset:
-        found = data.load_dataset(
-            path,
-            tokenizer,
-            config.max_length,
-            pack=pack,
-            template=config.template,
-            skip_bad=config.skip_bad_records,
-        )
-        say(
-            f"{path}: {len(found)} rows of up to {config.max_length} tokens; "
-            f"{found.truncated} records cut, {found.dropped} dropped for no answer "
-            f"token was left, {len(found.bad)} malformed ones skipped"
-        )
-        for reason in found.bad[:3]:
-            say(f"  {reason}")
-        return found
-
-    mixture = [parse_mixture(text) for text in config.data]
-    held_out = retained = None
-    names, weights = map(list, zip(*mixture, strict=True))
-    training = [load(path, config.pack) for path in names]
-    if config.eval_data is not None:
-        held_out = load(config.eval_data, False)
-    if config.retain_data is not None:
-        retained = data.load_text(config.retain_data, tokenizer, config.max_length)
-    return Datasets(names, training, weights, held_out, retained)
-
-
 def by_name(datasets: Datasets) -> dict[str, data.Dataset]:
     """All data sets that there are, for messages."""
     training = zip(datasets.names, datasets.training, strict=True)
     others = {"eval_data": datasets.held_out, "retain_data": datasets.retained}
+    others["fisher_data"] = datasets.fisher
+    others |= {f"gem {i}": x for i, x in enumerate(datasets.memories, start=1)}
     return {k: v for k, v in (dict(training) | others).items() if v is not None}
 
 

@@ -138,12 +138,17 @@ def state_shardings(
     optimizer: optax.GradientTransformation, params: nnx.State, mesh: Mesh
 ) -> Any:
     """Shardings of the optimizer's state: moments like parameters, the rest whole."""
+
+    def masked(x: Any) -> bool:  # a moment that there is not, in HFT
+        return isinstance(x, optax.MaskedNode)
+
     return optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda x, sharding: x if masked(x) else sharding,
         jax.eval_shape(optimizer.init, params),
         shardings_of(params),
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=masked,
     )
 
 

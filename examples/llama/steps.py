@@ -1,6 +1,6 @@
 """The training step: losses, gradients and the update, on any mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,14 @@ class TrainState(NamedTuple):
     key: jax.Array  # uint32 data of a random key, for methods that draw
 
 
+class Fixed(NamedTuple):
+    """What a step reads and does not change."""
+
+    frozen: nnx.State  # parameters that do not train
+    pretrained: nnx.State | None = None  # all parameters, as they were
+    fisher: Any = None  # their Fisher information, for EWC
+
+
 def init_state(
     optimizer: optax.GradientTransformation, params: nnx.State, seed: int, mesh: Mesh
 ) -> TrainState:
@@ -41,29 +49,40 @@ def make_step(
     schedule: Schedule,
     *,
     packed: bool,
-) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """A function of the state, the frozen parameters and a batch; jit and donate it.
+    reference: nnx.GraphDef | None = None,
+    project: Callable[[Any, Sequence[Any]], Any] | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A function of the state, `Fixed` and a batch; jit it and donate the state.
 
     A batch's arrays are [parts, rows, L]. The parts are computed one after another, and
     every counted token weighs the same whatever its part, so that the gradient is that
-    of the whole batch. Metrics: "loss" (nats per counted token), "gradient_norm" (not
-    clipped), "learning_rate", and "tokens", the real ones, counted or not.
+    of the whole batch. With `reference`, the graph of the pretrained model, a batch has
+    a "kl_weight" for each token, as of `next_token_loss`. With `project` the function
+    takes a sequence of other batches as well, and the gradient is
+    `project(gradient, theirs)`.
+
+    Metrics: "loss" (nats per counted token), "gradient_norm" (not clipped),
+    "learning_rate", and "tokens", the real ones, counted or not.
     """
 
-    def loss_sum(params: nnx.State, frozen: nnx.State, part: Batch) -> Any:
-        model = nnx.merge(graph, params, frozen)
-        return next_token_loss(model, part, packed=packed)
+    def loss_sum(params: nnx.State, fixed: Fixed, part: Batch) -> Any:
+        model = nnx.merge(graph, params, fixed.frozen)
+        pretrained = None
+        if reference is not None and "kl_weight" in part:
+            pretrained = nnx.merge(reference, fixed.pretrained)
+        return next_token_loss(model, part, packed=packed, pretrained=pretrained)
 
-    def train_step(state: TrainState, frozen: nnx.State, batch: Batch) -> Any:
-        params = state.params
-        differentiate = jax.value_and_grad(loss_sum, has_aux=True)
+    differentiate = jax.value_and_grad(loss_sum, has_aux=True)
+
+    def mean_gradient(params: nnx.State, fixed: Fixed, batch: Batch) -> Any:
+        """The loss per counted token, and its gradient."""
 
         def add(carry: Any, part: Batch) -> Any:
-            found = differentiate(params, frozen, part)
+            found = differentiate(params, fixed, part)
             return optax.tree.add(carry, found), None
 
         if batch["tokens"].shape[0] == 1:
-            sums = differentiate(params, frozen, jax.tree.map(lambda x: x[0], batch))
+            sums = differentiate(params, fixed, jax.tree.map(lambda x: x[0], batch))
         else:
             # In float32, whatever the gradients' precision.
             start = jnp.float32(0), jnp.float32(0)
@@ -76,9 +95,22 @@ def make_step(
             gradients,
             params,
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        return loss / count, gradients
+
+    def train_step(
+        state: TrainState, fixed: Fixed, batch: Batch, others: Sequence[Batch] = ()
+    ) -> Any:
+        params = state.params
+        loss, gradients = mean_gradient(params, fixed, batch)
+        if project is not None:
+            theirs = [mean_gradient(params, fixed, other)[1] for other in others]
+            gradients = project(gradients, theirs)
+        extra = {"reference": fixed.pretrained, "fisher": fixed.fisher}
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            gradients, state.opt_state, params, **extra
+        )
         metrics = {
-            "loss": loss / count,
+            "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
@@ -91,7 +123,7 @@ def make_step(
 
 
 def compile_step(
-    train_step: Any, state: TrainState, frozen: nnx.State, batch: Batch, mesh: Mesh
+    train_step: Any, state: TrainState, fixed: Fixed, *batches: Any, mesh: Mesh
 ) -> Any:
     """The step compiled for these shapes, its state staying where it lies."""
     everywhere = replicated(mesh)
@@ -102,4 +134,4 @@ def compile_step(
     )
     # Promotion: the gradient of jax.nn.dot_product_attention, and Optax.
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        return compiled.lower(state, frozen, batch).compile()
+        return compiled.lower(state, fixed, *batches).compile()

@@ -9,6 +9,7 @@ stopped or killed, goes on where it was.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import resource
@@ -29,10 +30,13 @@ from examples.llama.config import Config, parse, settings
 from examples.llama.flops import peak_flops, training_flops
 from examples.llama.log import MetricsLog, environment
 from examples.llama.measures import TITLES
-from examples.llama.results import finish, sample
+from examples.llama.replay import save_self_replay
+from examples.llama.results import finish, interpolated, sample
 from examples.llama.setup import Run, describe, set_up
 from examples.llama.sharding import put_batch
 from examples.llama.steps import compile_step, make_step
+from examples.llama.streams import Streams
+from mofo_jax.continual import project_gradient
 
 
 def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     first = jax.process_index() == 0
     progress = progress and first
     say = tqdm.write if progress else lambda _: None
-    run = set_up(config, say)
+    run = set_up(config, say, progress=progress)
     output = config.output
     check_space(output, run.state, config.keep)
     if first and not (output / "config.json").exists():
@@ -62,6 +66,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
         write_json(output / "config.json", settings(config))
     if first and not (output / "samples.json").exists():
         write_json(output / "run.json", describe(run) | environment())
+        save_self_replay(run.datasets, run.tokenizer, output)
         # Of the pretrained model, also where an earlier process was killed before this.
         write_json(output / "samples.json", sample(run, run.state.params))
     checkpoints = Checkpoints(output / "checkpoints", keep=config.keep)
@@ -104,14 +109,7 @@ class _Loop:
         config = run.config
         self.run, self.checkpoints, self.log = run, checkpoints, log
         self.training = run.datasets.training
-        self.batches = data.training_batches(
-            self.training,
-            run.datasets.weights,
-            config.batch_size,
-            config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        self.batches = Streams(run.datasets, config)
         self.say = tqdm.write if progress else lambda _: None
         self.state, self.first = run.state, checkpoints.latest
         if self.first is not None:
@@ -143,10 +141,8 @@ class _Loop:
         run_step = self.compile()
         self.go_on()
         for step in range((self.first or 0) + 1, steps + 1):
-            batch = next(self.batches)
-            rows = batch.pop("row")
-            batch = put_batch(batch, self.run.mesh, config.accumulate)
-            self.state, metrics = run_step(self.state, self.run.frozen, batch)
+            batches, rows = self.next_batches()
+            self.state, metrics = run_step(self.state, self.run.fixed, *batches)
             self.settle()  # the step before, while this one runs
             self.pending = step, metrics, rows
             signum = _stopping(stop, self.checkpoints, step)
@@ -156,6 +152,8 @@ class _Loop:
                 continue
             self.settle()
             self.seconds += time.perf_counter() - self.started
+            if step == steps:
+                self.state = interpolated(self.run, self.state)
             if evaluating:
                 self.evaluate(step)
             if saving:
@@ -173,12 +171,33 @@ class _Loop:
     def compile(self) -> Any:
         """The step for the shapes of a batch, of which none is used up."""
         run, position = self.run, self.batches.get_state()
-        example = next(self.batches)
+        examples, _ = self.next_batches()
         self.batches.set_state(position)
-        example.pop("row")
-        example = put_batch(example, run.mesh, run.config.accumulate)
-        step = make_step(run.graph, run.optimizer, run.schedule, packed=run.config.pack)
-        return compile_step(step, self.state, run.frozen, example, run.mesh)
+        project = None
+        if run.config.gem:
+            project = functools.partial(
+                project_gradient,
+                margin=run.config.gem_margin,
+                per_tensor=run.config.gem_per_tensor,
+            )
+        step = make_step(
+            run.graph,
+            run.optimizer,
+            run.schedule,
+            packed=run.config.pack,
+            reference=run.reference,
+            project=project,
+        )
+        return compile_step(step, self.state, run.fixed, *examples, mesh=run.mesh)
+
+    def next_batches(self) -> tuple[tuple[Any, list[Any]], np.ndarray]:
+        """A step's batch and memories on the devices, and the batch's rows."""
+        batch, memories, rows = next(self.batches)
+        placed = [
+            put_batch(x, self.run.mesh, self.run.config.accumulate)
+            for x in (batch, *memories)
+        ]
+        return (placed[0], placed[1:]), rows
 
     def go_on(self) -> None:
         """Starts the clocks; what came before does not count in the time left."""

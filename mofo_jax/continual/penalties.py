@@ -14,13 +14,13 @@ from mofo_jax.leaves import check_same_shapes
 
 
 def add_distance_penalty(
-    *, l1: float = 0.0, l2: float = 0.0
+    *, l1: float = 0.0, l2: float = 0.0, ewc: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the gradient of a penalty on the distance from reference parameters.
 
     .. math::
-      \lambda_1 \|\theta - \theta_0\|_1
-        + \lambda_2 \sum_i w_i (\theta_i - \theta_{0,i})^2
+      \lambda_1 \|\theta - \theta_0\|_1 + \lambda_2 \|\theta - \theta_0\|_2^2
+        + \frac{\lambda_{EWC}}{2} \sum_i F_i (\theta_i - \theta_{0,i})^2
 
     Before an optimizer in :func:`optax.chain` the penalty is part of the loss, as the
     paper compares with. After it, and before the learning rate, it is decoupled as
@@ -29,12 +29,13 @@ def add_distance_penalty(
 
     The reference is an extra argument of ``update``, so that no state and no
     checkpoint holds it: ``update(gradients, state, params, reference=theta_0)``. So is
-    ``importance``, the weights w, by default all 1. With ``l2 = strength / 2`` and the
-    Fisher information (:func:`fisher_diagonal`) as importance this is EWC.
+    ``fisher``, the F of elastic weight consolidation, from :func:`fisher_diagonal`.
 
     Args:
       l1: Strength of the absolute distance, 0 or above.
       l2: Strength of the squared distance, 0 or above. Its gradient has a factor of 2.
+      ewc: Strength of the squared distance weighted by the Fisher information, 0 or
+        above. Its gradient has a factor of 1.
 
     Returns:
       A transformation without state. The updates keep their dtypes; differences are
@@ -57,7 +58,7 @@ def add_distance_penalty(
       Kirkpatrick et al., `Overcoming catastrophic forgetting in neural networks
       <https://arxiv.org/abs/1612.00796>`_, 2017, equation 3 (EWC).
     """
-    for name, value in {"l1": l1, "l2": l2}.items():
+    for name, value in {"l1": l1, "l2": l2, "ewc": ewc}.items():
         if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number, 0 or above, got {value!r}")
 
@@ -67,7 +68,7 @@ def add_distance_penalty(
         params: Any = None,
         *,
         reference: Any = None,
-        importance: Any = None,
+        fisher: Any = None,
         **_: Any,
     ) -> tuple[Any, optax.EmptyState]:
         if params is None or reference is None:
@@ -76,20 +77,23 @@ def add_distance_penalty(
                 "update(gradients, state, params, reference=...)"
             )
         check_same_shapes("reference", reference, params)
-        if importance is not None:
-            check_same_shapes("importance", importance, params)
+        if ewc:
+            if fisher is None:
+                raise ValueError("ewc needs the extra argument fisher")
+            check_same_shapes("fisher", fisher, params)
 
-        def add(update: jax.Array, p: jax.Array, start: jax.Array, *w: Any) -> Any:
+        def add(update: jax.Array, p: jax.Array, start: jax.Array, *f: Any) -> Any:
             moved = p - start.astype(p.dtype)
             gradient = jnp.zeros_like(moved)
             if l1:
                 gradient += l1 * jnp.sign(moved)
             if l2:
-                weighted = moved * w[0].astype(p.dtype) if w else moved
-                gradient += 2 * l2 * weighted
+                gradient += 2 * l2 * moved
+            if f:
+                gradient += ewc * f[0].astype(p.dtype) * moved
             return update + gradient.astype(update.dtype)
 
-        weights = () if importance is None else (importance,)
+        weights = (fisher,) if ewc else ()
         return jax.tree.map(add, updates, params, reference, *weights), state
 
     return optax.GradientTransformationExtraArgs(

@@ -134,6 +134,7 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_command(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gsm8k, "RUNS", (("adamw", None, 3e-3), ("mofo", 0.2, 3e-3)))
     output = tmp_path / "deep" / "small.json"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from examples import compilation
 from examples.llama.convert import load_llama2c
 from examples.llama.tokenizer import load_tokenizer
 
@@ -25,3 +26,12 @@ def stories_model(data_dir):
 @pytest.fixture(scope="session")
 def stories_tokenizer(data_dir):
     return load_tokenizer(data_dir / "tok512.bin", vocab_size=512)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Runs of one shape share what they compile, also over the workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base
+    with compilation.kept_in(shared / "compiled"):
+        yield

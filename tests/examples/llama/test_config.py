@@ -8,14 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.llama.config import (
-    PRESETS,
-    Config,
-    check,
-    parse,
-    same_run,
-    settings,
-)
+from examples.llama.checks import check
+from examples.llama.config import PRESETS, Config, parse, same_run, settings
 
 REQUIRED = ["--model=m", "--data=d", "--output=o", "--steps=3"]
 
@@ -133,8 +127,27 @@ def test_help(capsys):
 BAD = [
     (
         {"method": "sgd"},
-        "method must be one of adamw, mofo, lion, mofo-lion; got 'sgd'",
+        "method must be one of adamw, mofo, lion, mofo-lion, gradient, mv, random, "
+        "hft; got 'sgd'",
     ),
+    ({"regularize": ("l3:1",)}, "KIND:X, each kind once, among l1, l2, l1-decoupled"),
+    ({"regularize": ("l2:1", "l2:2")}, "each kind once"),
+    ({"regularize": ("l2",)}, "regularize needs a number, got 'l2'"),
+    ({"regularize": ("kl:-1",)}, "regularize must have X above 0, got 'kl:-1'"),
+    ({"regularize": ("ewc:1",)}, "regularize ewc and fisher_data need each other"),
+    ({"fisher_data": __file__}, "regularize ewc and fisher_data need each other"),
+    ({"regularize": ("kl:1",), "reference": False}, "leave out --no-reference"),
+    ({"replay": ("self:1",), "reference": False}, "leave out --no-reference"),
+    ({"interpolate": "0.5", "reference": False}, "leave out --no-reference"),
+    ({"regularize": ("l1:1",), "lora_rank": 2}, "l1 is not for LoRA"),
+    ({"interpolate": "0.5", "lora_rank": 2}, "interpolate is not for LoRA"),
+    ({"interpolate": "half"}, "interpolate needs a number, got 'half'"),
+    ({"interpolate": "0:2"}, "interpolate must be 0 to 1, got '0:2'"),
+    ({"replay": ("self:1", "self:2")}, "replay must name self at most once"),
+    ({"replay": ("absent:0.1",)}, "'absent'"),
+    ({"gem": ("absent",)}, "'absent'"),
+    ({"gem_margin": -1.0}, "gem_margin must be 0 or above, got -1.0"),
+    ({"self_replay_rows": 0}, "self_replay_rows must be 1 or above, got 0"),
     ({"alpha": 0.0}, "alpha must be above 0 and up to 1, got 0.0"),
     ({"alpha": 1.5}, "alpha must be above 0 and up to 1, got 1.5"),
     ({"alpha": math.nan}, "alpha must be above 0 and up to 1, got nan"),

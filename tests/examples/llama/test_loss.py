@@ -80,6 +80,25 @@ def test_kl(positions):
     assert float(kl_sum(hidden, head, hidden, head, mask)) == pytest.approx(0, abs=1e-5)
 
 
+def test_weighted_kl_and_its_gradient():
+    (hidden, head, _, _), (other, other_head, _, _) = inputs(), inputs(seed=1)
+    weights = jnp.asarray(np.random.default_rng(2).random((B, T)), jnp.float32)
+
+    def whole(hidden, head):
+        log_q = jax.nn.log_softmax(hidden @ head)
+        log_p = jax.nn.log_softmax(other @ other_head)
+        return jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    def chunked(hidden, head):
+        size = 4 * B * V * 4
+        return kl_sum(hidden, head, other, other_head, weights, chunk_bytes=size)
+
+    found = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
+    expected = jax.value_and_grad(whole, (0, 1))(hidden, head)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_no_buffer_holds_all_logits():
     """Of 4 x 256 positions and 4,096 tokens, float32, that would be 16 MiB."""
     shapes = ((4, 256, 32), jnp.float32), ((32, 4096), jnp.float32)

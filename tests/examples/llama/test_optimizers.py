@@ -19,9 +19,9 @@ def make(**changes):
     optimizer = make_optimizer(config, 12)
 
     @jax.jit
-    def update(gradients, state, params):
+    def update(gradients, state, params, **extra):
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(gradients, state, params)
+            return optimizer.update(gradients, state, params, **extra)
 
     return update, optimizer.init
 
@@ -90,3 +90,77 @@ def test_moments_dtype(method):
         assert optax.tree.get(state, "mu")["proj"].dtype == jnp.bfloat16
         updates, state = update(params, state, params)
         assert updates["proj"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("method", ["gradient", "mv", "random"])
+def test_other_selections(method):
+    """The same Adam, for a quarter of the entries, norms whole."""
+    update, init = make(method=method, alpha=0.25, schedule="constant")
+    params = {"proj": jnp.ones(8), "norm": jnp.ones(8)}
+    first = {"proj": jnp.array([9.0, 8, 1, 1, 1, 1, 1, 1]), "norm": jnp.ones(8)}
+    second = {"proj": jnp.array([1.0, 1, 1, 1, 1, 1, 7, 6]), "norm": jnp.ones(8)}
+    updates, state = update(first, init(params), params)
+    updates, _ = update(second, state, params)
+    assert (updates["norm"] != 0).all()
+    moved = np.flatnonzero(updates["proj"]).tolist()
+    assert len(moved) == 2
+    if method == "gradient":
+        assert moved == [6, 7]
+    if method == "mv":  # the largest steps, not the largest momentum of entries 0, 1
+        adam = optax.adam(1e-2)
+        with jax.numpy_dtype_promotion("standard"):
+            _, state = adam.update(first, adam.init(params), params)
+            whole, _ = adam.update(second, state, params)
+        sizes = np.abs(whole["proj"])
+        assert sizes[moved].min() >= np.sort(sizes)[-2]
+        np.testing.assert_allclose(
+            updates["proj"][np.array(moved)], whole["proj"][np.array(moved)], rtol=1e-4
+        )
+
+
+def test_random_selection_changes():
+    update, init = make(method="random", alpha=0.1, schedule="constant")
+    params = {"proj": jnp.ones(100)}
+    state, seen = init(params), set()
+    for _ in range(4):
+        updates, state = update(params, state, params)
+        seen.add(tuple(np.flatnonzero(updates["proj"]).tolist()))
+    assert len(seen) == 4 and all(len(moved) == 10 for moved in seen)
+
+
+def test_hft():
+    """Two of four projections rest, whatever decays or pulls at them."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    params = {"layers": [{"self_attn": {name: jnp.ones(3) for name in names}}]}
+    changes = {"weight_decay": 0.5, "regularize": ("l2:1", "l1-decoupled:1")}
+    update, init = make(method="hft", **changes)
+    reference = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = update(params, init(params), params, reference=reference)
+    moved = [bool((u != 0).all()) for u in jax.tree.leaves(updates)]
+    assert sum(moved) == 2
+    rest = [bool((u == 0).all()) for u in jax.tree.leaves(updates)]
+    assert sum(rest) == 2
+
+
+@pytest.mark.parametrize("method", ["adamw", "mofo", "mofo-lion"])
+def test_penalties(method):
+    """In the loss they come before the moments; decoupled, after them."""
+    params = {"proj": jnp.array([1.0, 3.0]), "norm": jnp.array([2.0])}
+    reference = {"proj": jnp.array([1.0, 1.0]), "norm": jnp.array([1.0])}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    coupled = ("l1:1", "l2:0.5", "ewc:2")
+    changes = {"method": method, "alpha": 0.5, "schedule": "constant"}
+    update, init = make(**changes, regularize=coupled)
+    fisher = {"proj": jnp.array([9.0, 3.0]), "norm": jnp.array([0.0])}
+    _, state = update(zeros, init(params), params, reference=reference, fisher=fisher)
+    # Distances 2 and 1: 1 + 2 * 0.5 * 2 + 2 * 3 * 2 = 15 and 1 + 2 * 0.5 = 2.
+    share = 0.01 if method == "mofo-lion" else 0.1
+    mu = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(mu["proj"], [0, 15 * share], rtol=1e-5)
+    np.testing.assert_allclose(mu["norm"], [2 * share], rtol=1e-5)
+    decoupled = ("l1-decoupled:1", "l2-decoupled:0.5")
+    update, init = make(**changes, regularize=decoupled)
+    updates, state = update(zeros, init(params), params, reference=reference)
+    assert not np.any(optax.tree.get(state, "mu")["proj"])
+    np.testing.assert_allclose(updates["proj"], [0, -1e-2 * 3], rtol=1e-5)
+    np.testing.assert_allclose(updates["norm"], [-1e-2 * 2], rtol=1e-5)

@@ -148,7 +148,11 @@ def test_killed_many_times(world, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_by_a_signal(world, undisturbed, tmp_path, number, code):
     """With hardly any checkpoints, so that the one of the signal counts."""

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from examples.llama.sharding import make_mesh, put_batch, replicated
-from examples.llama.steps import compile_step, init_state, make_step
+from examples.llama.steps import Fixed, compile_step, init_state, make_step
 from tests.examples.llama.test_model import CONFIG, make
 
 L = 16
@@ -39,19 +39,25 @@ def run(batch, parts=1, packed=False, mesh="fsdp=1", steps=1, **options):
     state = init_state(optimizer, params, 0, mesh)
     step = make_step(graph, optimizer, lambda _: 0.125, packed=packed)
     placed = put_batch(batch, mesh, parts)
-    compiled = compile_step(step, state, frozen, placed, mesh)
+    fixed = Fixed(frozen)
+    compiled = compile_step(step, state, fixed, placed, mesh=mesh)
     for _ in range(steps):
-        state, metrics = compiled(state, frozen, placed)
+        state, metrics = compiled(state, fixed, placed)
     return state, metrics
 
 
 def plain_loss(state, graph, batch):
+    total, count = plain_sum(state, graph, batch)
+    return total / count
+
+
+def plain_sum(state, graph, batch):
     logits = nnx.merge(graph, state)(batch["tokens"])[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, batch["tokens"][:, 1:]
     )
     mask = batch["loss_mask"][:, 1:]
-    return jnp.sum(losses, where=mask) / jnp.sum(mask, dtype=jnp.float32)
+    return jnp.sum(losses, where=mask), jnp.sum(mask, dtype=jnp.float32)
 
 
 def test_loss_and_gradient():
@@ -133,3 +139,68 @@ def test_low_precision_computation():
     state, metrics = run(batch_of(4), dtype=jnp.bfloat16)
     assert float(metrics["loss"]) == pytest.approx(float(exact["loss"]), rel=0.03)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_soft_targets_and_kl():
+    """Some tokens count by cross-entropy, some by the divergence, some by both."""
+    mesh, batch = make_mesh("fsdp=1"), batch_of(4)
+    rng = np.random.default_rng(3)
+    weight = rng.choice(np.float32([0, 0, 0.5, 1]), size=batch["loss_mask"].shape)
+    batch["kl_weight"] = weight
+    graph, params = nnx.split(make())
+    other = jax.tree.map(lambda x: x * 1.5, params)
+    params, other = jax.device_put((params, other), replicated(mesh))
+    optimizer = optax.sgd(1.0)
+
+    def expected(params):
+        total, _ = plain_sum(params, graph, batch)
+        log_q, log_p = (
+            jax.nn.log_softmax(nnx.merge(graph, p)(batch["tokens"])[:, :-1])
+            for p in (params, other)
+        )
+        divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        counted = batch["loss_mask"][:, 1:] | (weight[:, 1:] > 0)
+        total += jnp.sum(divergence * weight[:, 1:])
+        return total / counted.sum().astype(np.float32)
+
+    value, gradients = jax.jit(jax.value_and_grad(expected))(params)
+    norm = float(optax.tree.norm(gradients))
+    state = init_state(optimizer, params, 0, mesh)
+    step = make_step(graph, optimizer, lambda _: 0.0, packed=False, reference=graph)
+    placed = put_batch(batch, mesh, 2)
+    fixed = Fixed(nnx.State({}), other)
+    _, metrics = compile_step(step, state, fixed, placed, mesh=mesh)(
+        state, fixed, placed
+    )
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_projection_gets_the_other_batches_gradients():
+    mesh, batches = make_mesh("fsdp=1"), [batch_of(4, seed) for seed in range(3)]
+    graph, params = nnx.split(make())
+    params = jax.device_put(params, replicated(mesh))
+    optimizer = optax.sgd(1.0)
+    state = init_state(optimizer, params, 0, mesh)
+
+    def project(own, theirs):
+        assert len(theirs) == 2
+        return jax.tree.map(lambda _, a, b: a - 2 * b, own, *theirs)
+
+    step = make_step(graph, optimizer, lambda _: 0.0, packed=False, project=project)
+    batch, *others = [put_batch(x, mesh, 1) for x in batches]
+    fixed = Fixed(nnx.State({}))
+    compiled = compile_step(step, state, fixed, batch, others, mesh=mesh)
+    gradients = [
+        jax.jit(jax.grad(plain_loss), static_argnums=1)(
+            params, graph, {k: jnp.asarray(v) for k, v in x.items()}
+        )
+        for x in batches
+    ]
+    expected = jax.tree.map(lambda a, b: a - 2 * b, *gradients[1:])
+    start = jax.tree.map(np.asarray, params)
+    after, _ = compiled(state, fixed, batch, others)
+    for p, g, q in zip(
+        *map(jax.tree.leaves, (start, expected, after.params)), strict=True
+    ):
+        np.testing.assert_allclose(p - g, q, atol=5e-5)

@@ -266,7 +266,10 @@ def test_without_anything_to_compare_with(files, run):
 # Errors
 
 BAD = [
-    ({"method": "sgd"}, "method must be one of adamw, mofo, lion, mofo-lion; got"),
+    (
+        {"method": "sgd"},
+        "method must be one of adamw, mofo, lion, mofo-lion, gradient,",
+    ),
     ({"batch_size": 6, "mesh": "fsdp=4"}, "must be a multiple of 4, over which the"),
     ({"max_length": 65}, "max_length must be up to the model's 64, got 65"),
     ({"warmup_steps": 15}, "warmup_steps must be below 15 steps, got 15"),
@@ -382,7 +385,7 @@ def test_command_on_the_real_model(data_dir, tmp_path):
             max_length=128,
             samples=1,
         )
-        out, err = finished(start(config))
+        out, err = finished(start(config, tmp_path / "compiled"))
         *_, table, _, _, _, _, _, speed, model, report = out.splitlines()
         assert table.split() == ["before", "after"]
         assert re.fullmatch(r"[\d,]+ tokens/s, MFU \d+\.\d%", speed)

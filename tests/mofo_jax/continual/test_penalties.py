@@ -27,15 +27,19 @@ def test_by_hand():
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
-def test_importance_weighs_the_square_alone():
-    importance = {"a": jnp.array([2.0, 1.0, 0.0]), "b": jnp.array([[0.5]])}
+def test_ewc_by_hand():
+    fisher = {"a": jnp.array([2.0, 1.0, 0.0]), "b": jnp.array([[0.5]])}
     updates = updates_of(
-        add_distance_penalty(l1=1.0, l2=10.0),
-        reference=REFERENCE,
-        importance=importance,
+        add_distance_penalty(l1=1.0, ewc=10.0), reference=REFERENCE, fisher=fisher
     )
-    expected = {"a": jnp.array([41.1, 0.2, -0.7]), "b": jnp.array([[21.4]])}
+    expected = {"a": jnp.array([21.1, 0.2, -0.7]), "b": jnp.array([[11.4]])}
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    # The others have no use for it.
+    plain = updates_of(add_distance_penalty(l2=1.0), reference=REFERENCE)
+    with_it = updates_of(
+        add_distance_penalty(l2=1.0), reference=REFERENCE, fisher=fisher
+    )
+    chex.assert_trees_all_equal(plain, with_it)
 
 
 @jax.numpy_dtype_promotion("standard")
@@ -83,7 +87,7 @@ def test_dtypes_stay():
     assert not jax.tree.leaves(state)
 
 
-@pytest.mark.parametrize("name", ["l1", "l2"])
+@pytest.mark.parametrize("name", ["l1", "l2", "ewc"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1"])
 def test_bad_strengths(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a number, 0 or above"):
@@ -96,8 +100,11 @@ def test_what_update_needs():
         penalty.update(GRADIENTS, penalty.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="reference must have the structure"):
         updates_of(penalty, reference={"a": REFERENCE["a"]})
-    with pytest.raises(ValueError, match="importance must have the structure"):
-        updates_of(penalty, reference=REFERENCE, importance={"a": REFERENCE["a"]})
+    ewc = add_distance_penalty(ewc=1.0)
+    with pytest.raises(ValueError, match="ewc needs the extra argument fisher"):
+        updates_of(ewc, reference=REFERENCE)
+    with pytest.raises(ValueError, match="fisher must have the structure"):
+        updates_of(ewc, reference=REFERENCE, fisher={"a": REFERENCE["a"]})
 
 
 def test_fisher_of_logistic_regression():
