@@ -1,0 +1,177 @@
+"""The frontier: runs of a tiny model, and tables of made-up curves that are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import forgetting, forgetting_report
+from benchmarks.forgetting import Args, configuration, files, main, measure
+from benchmarks.forgetting_methods import METHODS
+from examples.llama.checks import check
+from tests.examples.llama.training import write_files
+
+SHIFTS = {"adamw": 0.0, "mofo": -0.1, "hft": 0.2}
+
+
+def made_up(seeds=3):
+    """Retained loss 2 + (3 - x)^2 / 4 over held-out losses x, shifted by the method."""
+    rng, runs = np.random.default_rng(0), []
+    for seed in range(seeds):
+        offset = 0.01 * rng.normal()
+        for name, shift in SHIFTS.items():
+            method = METHODS[name]
+            for i, point in enumerate(method.points):
+                x = 2.8 - 0.3 * i + (3 if name == "hft" else 0)
+                after = {
+                    "eval_loss": x,
+                    "retain_loss": 2 + (3 - x) ** 2 / 4 + shift + offset,
+                    "kl": (3 - x) ** 2 / 2 + shift,
+                    "distance": 1.0,
+                    "touched": 0.5,
+                }
+                runs.append(
+                    {
+                        "method": name,
+                        "point": point,
+                        "seed": seed,
+                        "after": after,
+                        "seconds": 2.0 if name == "adamw" else 3.0,
+                        "device": "abacus",
+                        "versions": {"jax": "1"},
+                    }
+                )
+    settings = {
+        "model": "m",
+        "data": "d",
+        "eval_data": "e",
+        "retain_data": "r",
+        "steps": 3,
+        "batch_size": 2,
+        "max_length": 16,
+        "eval_records": 7,
+    }
+    before = {"eval_loss": 9.0, "retain_loss": 2.0}
+    return {"settings": settings, "pretrained": before, "runs": runs}
+
+
+def test_matched_losses():
+    rows = forgetting_report.matched(made_up(), "retain_loss")
+    assert {row["method"] for row in rows} == {"adamw", "mofo"}  # HFT is elsewhere
+    losses = sorted({row["loss"] for row in rows})
+    np.testing.assert_allclose(losses, [2.125, 2.35, 2.575])
+    for row in rows:
+        shift = SHIFTS[row["method"]]
+        low, high = row["interval"]
+        assert low <= row["mean"] <= high and row["seeds"] == 3
+        assert row["mean"] == pytest.approx(
+            2 + (3 - row["loss"]) ** 2 / 4 + shift, abs=0.03
+        )
+        # The seeds' offsets are common to both, so that the gap has none.
+        assert row["gap"] == pytest.approx(shift, abs=1e-9)
+        assert row["gap_interval"] == pytest.approx((shift, shift), abs=1e-9)
+
+
+def test_a_convex_curve_between_its_points():
+    """Nearer to the curve than its chord is."""
+    x = np.array([1.0, 1.5, 2.0, 2.5])
+    curve = np.stack([x, (3 - x) ** 2], axis=1)[None]
+    found = forgetting_report.at(curve, 1.75)[0]
+    exact, chord = 1.25**2, (1.5**2 + 1) / 2
+    assert abs(found - exact) < abs(chord - exact) / 2
+    assert np.isnan(forgetting_report.at(curve, 0.9)).all()
+
+
+def test_incomplete_seeds_have_no_curve():
+    results = made_up()
+    results["runs"] = [
+        run for run in results["runs"] if (run["method"], run["seed"]) != ("mofo", 2)
+    ]
+    results["runs"] = results["runs"][:-1]
+    found = forgetting_report.curves(results, "kl")
+    assert {name: len(curve) for name, curve in found.items()} == {
+        "adamw": 3,
+        "mofo": 2,
+        "hft": 2,
+    }
+    rows = forgetting_report.matched(results, "kl")
+    assert {row["seeds"] for row in rows if row["method"] == "mofo"} == {2}
+
+
+def test_intervals_cover_the_mean():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        low, high = forgetting_report.interval(rng.normal(size=20), rng)
+        hits += low < 0 < high
+    assert 50 <= hits <= 60
+
+
+def test_report_and_plot(tmp_path):
+    results = made_up()
+    text = forgetting_report.report(results)
+    assert "36 runs, up to 3 seeds" in text
+    rows = text.splitlines()
+    row = next(x for x in rows if x.startswith("| 2.350 | MoFO"))
+    assert row.split("|")[-3].strip() == "-0.100"
+    row = next(x for x in rows if x.startswith("| MoFO 10% | learning rate 0.0006"))
+    assert row.split("|")[-2].strip() == "1.50"
+    forgetting_report.plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_configuration(tmp_path, name):
+    paths = write_files(tmp_path)
+    paths["data"] = paths["data"][0]
+    args = Args(output=tmp_path / "x.json", rate_scale=2.0)
+    for point in METHODS[name].points:
+        run = {"method": name, "point": point, "seed": 3}
+        config = configuration(args, paths, run, tmp_path / "out")
+        check(config)
+        assert config.seed == 3
+        rate = (METHODS[name].common | point)["learning_rate"]
+        assert config.learning_rate == 2 * rate
+
+
+def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    paths = write_files(tmp_path)
+    paths["data"] = paths["data"][0]
+    output = tmp_path / "results" / "frontier.json"
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in paths.items()]
+    flags += ["--methods", "adamw", "wise-ft", "--seeds=1", "--steps=2"]
+    for name in ("adamw", "wise-ft"):
+        short = METHODS[name]._replace(points=METHODS[name].points[:2])
+        monkeypatch.setitem(METHODS, name, short)
+    flags += ["--batch-size=4", "--max-length=48", "--eval-records=3"]
+    calls = []
+
+    def counted(config, **options):
+        calls.append(config)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(config, **options)
+
+    train = forgetting.train
+    monkeypatch.setattr(forgetting, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*flags, f"--output={output}"])
+    assert len(json.loads(output.read_text())["runs"]) == 2
+    main([*flags, f"--output={output}"])
+    assert len(calls) == 3 + 2
+    results = json.loads(output.read_text())
+    assert len(results["runs"]) == 4
+    assert {run["method"] for run in results["runs"]} == {"adamw", "wise-ft"}
+    assert output.with_suffix(".png").exists()
+    assert output.with_suffix(".md").read_text() in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*flags, f"--output={output}", "--rate-scale=2"])
+    assert "holds runs of other settings" in capsys.readouterr().err
+
+
+def test_bad_arguments(tmp_path):
+    args = Args(output=tmp_path / "x.json", data_dir=tmp_path, methods=("sgd",))
+    with pytest.raises(ValueError, match=r"methods must be among adamw, .*'sgd'"):
+        measure(args)
+    with pytest.raises(ValueError, match="give data_dir or model"):
+        files(Args(output=tmp_path / "x.json"))
