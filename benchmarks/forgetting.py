@@ -61,7 +61,7 @@ class Args:
     """Runs of each setting."""
     steps: int = 200
     """Training steps of each run."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Records per step."""
     max_length: int = 256
     """Tokens per record and text window."""
