@@ -1,0 +1,322 @@
+"""Fine-tune on one task after another, and see what each costs the ones before.
+
+python -m examples.llama.continual --tasks DIR DIR DIR --model DIR --output DIR
+
+A task is a directory with train.json, eval.json and test.json, records of "prompt" and
+"answer" as of TRACE; --trace DIR has TRACE's eight, in their order. After each, the
+model answers the tests of all, which fills a matrix of scores. Every other flag is of
+examples.llama.train. The same command again, after it was stopped or killed, goes on.
+"""
+
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from examples import terminal
+from examples.files import write_bytes, write_json
+from examples.llama.answers import answer
+from examples.llama.config import Config, parse
+from examples.llama.convert import load_model
+from examples.llama.records import Record, read_records
+from examples.llama.report_plots import STYLE
+from examples.llama.task_metrics import METRICS
+from examples.llama.tokenizer import load_tokenizer
+from examples.llama.train import train
+from mofo_jax.continual import (
+    backward_transfer,
+    forward_transfer,
+    overall_performance,
+)
+
+FILES = ("train.json", "eval.json", "test.json")
+# In the order of TRACE, with its epochs and metrics.
+TRACE = {
+    "C-STANCE": (5.0, "exact_match"),
+    "FOMC": (3.0, "exact_match"),
+    "MeetingBank": (7.0, "rouge_l"),
+    "Py150": (5.0, "edit_similarity"),
+    "ScienceQA": (3.0, "first_letter"),
+    "NumGLUE-cm": (5.0, "exact_match"),
+    "NumGLUE-ds": (5.0, "exact_match"),
+    "20Minuten": (7.0, "sari"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    output: Path
+    """Directory of the tasks' runs, scores.json and scores.png."""
+    tasks: tuple[Path, ...] = ()
+    """Directories of the tasks, in their order."""
+    trace: Path | None = None
+    """The directory of TRACE's tasks, instead."""
+    task_epochs: tuple[float, ...] = (1.0,)
+    """Passes over each task's records, or over all tasks' where there is one number;
+    TRACE has its own."""
+    metrics: tuple[str, ...] = ("exact_match",)
+    """Of each task, or of all: exact_match, first_letter, rouge_l, edit_similarity or
+    sari; TRACE has its own."""
+    replay_earlier: float = 0.0
+    """Share of each earlier task's records to see again, 0.1 say."""
+    gem_earlier: bool = False
+    """Hold every step back from what raises an earlier task's loss (GEM)."""
+    test_records: int | None = None
+    """How many records of each test to answer, the first ones; by default all."""
+    max_new_tokens: int = 128
+    """The longest answer."""
+
+
+class Task(NamedTuple):
+    path: Path
+    epochs: float
+    metric: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def tasks_of(args: Args) -> list[Task]:
+    """The tasks, in order.
+
+    Raises:
+      ValueError: There are none, or two of a name; a number is bad; a task or one of
+        its files is missing.
+    """
+    if bool(args.tasks) == (args.trace is not None):
+        raise ValueError("give one of tasks and trace")
+    paths, epochs, metrics = list(args.tasks), args.task_epochs, args.metrics
+    if args.trace is not None:
+        paths = [args.trace / name for name in TRACE]
+        epochs, metrics = zip(*TRACE.values(), strict=True)
+    for name, values in (("task_epochs", epochs), ("metrics", metrics)):
+        if len(values) not in (1, len(paths)):
+            raise ValueError(
+                f"{name} must be one or {len(paths)}, as the tasks are, got {values}"
+            )
+    for metric in metrics:
+        if metric not in METRICS:
+            allowed = ", ".join(METRICS)
+            raise ValueError(f"metrics must be among {allowed}; got {metric!r}")
+    if not all(x > 0 for x in epochs):
+        raise ValueError(f"task_epochs must be above 0, got {epochs}")
+    if not 0 <= args.replay_earlier <= 1:
+        raise ValueError(f"replay_earlier must be 0 to 1, got {args.replay_earlier}")
+    missing = [p / f for p in paths for f in FILES if not (p / f).is_file()]
+    if missing:
+        names = ", ".join(sorted({path.parent.name for path in missing}))
+        raise ValueError(f"of the tasks {names} there is no {missing[0]}")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks must have names of their own, got {', '.join(names)}")
+    many = len(paths)
+    epochs, metrics = (x if len(x) == many else x * many for x in (epochs, metrics))
+    return [Task(*task) for task in zip(paths, epochs, metrics, strict=True)]
+
+
+def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str, Any]:
+    """Trains on all tasks and scores all after each, from where a run before ended.
+
+    Args:
+      args: The tasks.
+      flags: Of examples.llama.train, but for those that the tasks give.
+      progress: Whether to show bars.
+
+    Returns:
+      What scores.json has: "tasks" and "metrics"; "before", the scores of the
+      pretrained model; "scores", R[t][i], the score on task i after task t; and when it
+      is complete "op", "bwt" and "fwt".
+
+    Raises:
+      ValueError, OSError, FloatingPointError, terminal.Stopped: As of `train`.
+    """
+    tasks = tasks_of(args)
+    start = _config(args, flags, tasks, 0)
+    path = args.output / "scores.json"
+    fixed = {
+        "tasks": [task.name for task in tasks],
+        "metrics": [task.metric for task in tasks],
+        "test_records": args.test_records,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    results: dict[str, Any] = fixed | {"before": None, "scores": []}
+    if path.exists():
+        results = json.loads(path.read_text())
+        for name, value in fixed.items():
+            if results[name] != value:
+                raise ValueError(
+                    f"{args.output}: holds scores of {name} {results[name]}, not "
+                    f"{value}; give another output"
+                )
+    if results["before"] is None:
+        results["before"] = _scores(args, start, start.model, tasks, progress)
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_json(path, results)
+    for t in range(len(results["scores"]), len(tasks)):
+        config = _config(args, flags, tasks, t)
+        if not (config.output / "result.json").exists():
+            if progress:
+                tqdm.write(f"task {t + 1} of {len(tasks)}: {tasks[t].name}")
+            train(config, progress=progress)
+        model = config.output / "model"
+        results["scores"].append(_scores(args, config, model, tasks, progress))
+        if t == len(tasks) - 1:
+            results |= summary(results)
+        write_json(path, results)
+    draw(results, args.output / "scores.png")
+    return results
+
+
+def summary(results: dict[str, Any]) -> dict[str, float]:
+    """OP; and of two tasks or more BWT and FWT."""
+    scores = results["scores"]
+    found = {"op": overall_performance(scores)}
+    if len(scores) > 1:
+        found["bwt"] = backward_transfer(scores)
+        found["fwt"] = forward_transfer(scores, results["before"])
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The matrix as text, a row for each task learned."""
+    names = results["tasks"]
+    width = max(map(len, ("pretrained", *names)))
+    lines = [" ".join([" " * width, *(f"{name[:9]:>9}" for name in names)])]
+    rows = zip(
+        ("pretrained", *names), (results["before"], *results["scores"]), strict=False
+    )
+    for name, scores in rows:
+        lines.append(" ".join([f"{name:{width}}", *(f"{x:9.1f}" for x in scores)]))
+    for key in ("op", "bwt", "fwt"):
+        if key in results:
+            lines.append(f"{key.upper():{width}} {results[key]:9.2f}")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], image: Path) -> None:
+    """The matrix as a heat map."""
+    names = results["tasks"]
+    values = np.array([results["before"], *results["scores"]])
+    with matplotlib.rc_context(STYLE):
+        size = 2.5 + 0.8 * len(names)
+        figure = Figure(figsize=(size, 0.7 * size), layout="constrained")
+        axes = figure.subplots()
+        shown = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        rows = ["pretrained", *(f"after {name}" for name in names)]
+        axes.set_yticks(range(len(values)), rows[: len(values)])
+        for (t, i), value in np.ndenumerate(values):
+            ink = "black" if value > 55 else "white"
+            axes.text(i, t, f"{value:.1f}", ha="center", va="center", color=ink)
+        axes.spines[:].set_visible(False)
+        axes.set_title("Score on each task's test")
+        figure.colorbar(shown, label="score")
+        figure.savefig(image, dpi=150)
+
+
+def _config(args: Args, flags: Sequence[str], tasks: list[Task], t: int) -> Config:
+    """Of the run of task t, which begins at the model of the one before."""
+    task, own = tasks[t], []
+    for flag in ("--data", "--eval-data", "--epochs", "--steps", "--output"):
+        if any(x == flag or x.startswith(f"{flag}=") for x in flags):
+            raise ValueError(f"{flag} is what the tasks give; leave it out")
+    own += [f"--data={task.path / 'train.json'}", f"--epochs={task.epochs}"]
+    own += [f"--eval-data={task.path / 'eval.json'}"]
+    own += [f"--output={_output(args, tasks, t)}"]
+    config = parse([*flags, *own], "python -m examples.llama.continual", __doc__)
+    changes: dict[str, Any] = {
+        # What is drawn is drawn anew for each task, half fine-tuning's half too.
+        "seed": config.seed + t,
+        "tokenizer": config.tokenizer or config.model,
+    }
+    if t:
+        changes["model"] = _output(args, tasks, t - 1) / "model"
+    if args.gem_earlier:
+        earlier = [str(other.path / "train.json") for other in tasks[:t]]
+        changes["gem"] = (*config.gem, *earlier)
+    if args.replay_earlier and t:
+        own_count = len(_records(task, "train.json"))
+        replay = list(config.replay)
+        for other in tasks[:t]:
+            path, count = _share(args, other, config.seed)
+            replay.append(f"{path}:{count / own_count}")
+        changes["replay"] = tuple(replay)
+    return dataclasses.replace(config, **changes)
+
+
+def _output(args: Args, tasks: list[Task], t: int) -> Path:
+    return args.output / f"{t + 1}-{tasks[t].name}"
+
+
+def _records(task: Task, file: str) -> list[Record]:
+    return read_records(task.path / file).records
+
+
+def _share(args: Args, task: Task, seed: int) -> tuple[Path, int]:
+    """A file of the share of an earlier task's records that is kept, and how many."""
+    records = _records(task, "train.json")
+    count = max(1, round(args.replay_earlier * len(records)))
+    path = args.output / "replay" / f"{task.name}.jsonl"
+    if not path.exists():
+        chosen = sorted(random.Random(seed).sample(range(len(records)), count))
+        lines = []
+        for i in chosen:
+            messages = [message._asdict() for message in records[i].content]
+            lines.append(json.dumps({"messages": messages}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, ("\n".join(lines) + "\n").encode())
+    return path, count
+
+
+def _scores(
+    args: Args, config: Config, model: Path, tasks: list[Task], progress: bool
+) -> list[float]:
+    """The model's score on each task's test."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    llama = load_model(model, dtype=config.dtype, param_dtype=config.param_dtype)
+    found = []
+    style = terminal.bar_style()
+    for task in tqdm(tasks, desc="scoring", disable=not progress, **style):
+        records = _records(task, "test.json")[: args.test_records]
+        answers = answer(
+            llama,
+            tokenizer,
+            records,
+            template=config.template,
+            max_length=config.max_length,
+            max_new_tokens=args.max_new_tokens,
+        )
+        expected = [record.content[-1].content for record in records]
+        questions = [record.content[-2].content for record in records]
+        found.append(METRICS[task.metric](answers, expected, questions))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; exit codes as of examples.llama.train."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with terminal.errors_on_one_line("continual"):
+        args, flags = tyro.cli(
+            Args,
+            prog="python -m examples.llama.continual",
+            args=argv,
+            description=__doc__,
+            return_unknown_args=True,
+        )
+        results = run(args, flags)
+    print(table(results))
+    print(f"scores: {args.output / 'scores.json'}\nplot: {args.output / 'scores.png'}")
+
+
+if __name__ == "__main__":
+    main()

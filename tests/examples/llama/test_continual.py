@@ -1,0 +1,191 @@
+"""Sequences of tasks, on a tiny model that can learn them entirely."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from examples.llama import continual
+from examples.llama.answers import answer
+from examples.llama.continual import Args, main, run, table, tasks_of
+from examples.llama.convert import load_model
+from examples.llama.generate import generate
+from examples.llama.records import read_records
+from examples.llama.tokenizer import load_tokenizer
+from tests.examples.llama.training import ROOT, write_files
+from tests.processes import environment
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model and two tasks: to answer "x" always, and to answer "yy" always."""
+    root = tmp_path_factory.mktemp("world")
+    files = write_files(root)
+    for name, text in (("first", "x"), ("second", "yy")):
+        (root / name).mkdir()
+        for file, count in (("train", 24), ("eval", 4), ("test", 6)):
+            records = [
+                {"prompt": f"{name[0]}{i}", "answer": text} for i in range(count)
+            ]
+            (root / name / f"{file}.json").write_text(json.dumps(records))
+    return root, files["model"]
+
+
+FLAGS = [
+    "--learning-rate=2e-2", "--batch-size=8", "--max-length=48", "--samples=0",
+    "--mesh=fsdp=1", "--method=adamw", "--save-every=4", "--eval-every=50",
+]  # fmt: skip
+
+
+def args_of(world, output, **changes):
+    tasks = (world[0] / "first", world[0] / "second")
+    settings = {"task_epochs": (20.0,), "max_new_tokens": 4}
+    return Args(output=output, tasks=tasks, **settings | changes)
+
+
+def flags_of(world):
+    return [*FLAGS, f"--model={world[1]}"]
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plain") / "run"
+    return output, run(args_of(world, output), flags_of(world), progress=False)
+
+
+def test_known_scores(plain):
+    """Learning the second task without the first one ends what was learned of it."""
+    output, results = plain
+    assert results["before"] == [0, 0]
+    assert results["scores"] == [[100, 0], [0, 100]]
+    assert (results["op"], results["bwt"], results["fwt"]) == (50, -100, 0)
+    assert json.loads((output / "scores.json").read_text()) == results
+    assert (output / "scores.png").read_bytes().startswith(b"\x89PNG")
+    rows = table(results).splitlines()
+    assert rows[0].split() == ["first", "second"]
+    assert rows[2].split() == ["first", "100.0", "0.0"]
+    assert rows[-2].split() == ["BWT", "-100.00"]
+
+
+def test_replay_keeps_the_first_task(world, tmp_path):
+    args = args_of(world, tmp_path / "run", replay_earlier=0.5)
+    results = run(args, flags_of(world), progress=False)
+    assert results["scores"][1] == [100, 100]
+    assert results["bwt"] == 0
+    kept = (tmp_path / "run/replay/first.jsonl").read_text().splitlines()
+    assert len(kept) == 12 and len(set(kept)) == 12
+    config = json.loads((tmp_path / "run/2-second/config.json").read_text())
+    assert config["replay"] == [f"{tmp_path / 'run/replay/first.jsonl'}:0.5"]
+    assert config["model"] == str(tmp_path / "run/1-first/model")
+    assert config["seed"] == 1
+
+
+def test_a_finished_run_is_not_repeated(world, plain, monkeypatch):
+    output, results = plain
+    monkeypatch.setattr(continual, "train", None)
+    again = run(args_of(world, output), flags_of(world), progress=False)
+    assert again == results
+    with pytest.raises(ValueError, match=r"holds scores of max_new_tokens 4, not 5"):
+        run(args_of(world, output, max_new_tokens=5), flags_of(world), progress=False)
+
+
+def test_gem_and_seeds_of_each_task(world, tmp_path):
+    args = args_of(world, tmp_path, gem_earlier=True)
+    flags, tasks = [*flags_of(world), "--seed=5"], tasks_of(args)
+    first, second = (continual._config(args, flags, tasks, t) for t in range(2))
+    assert (first.seed, second.seed) == (5, 6)
+    assert (first.gem, second.gem) == ((), (str(world[0] / "first/train.json"),))
+    assert first.epochs == 20 and second.eval_data == str(world[0] / "second/eval.json")
+
+
+def test_answers(world):
+    """Batched, padded and sorted, they are those that each question gets alone."""
+    model, tokenizer = load_model(world[1]), load_tokenizer(world[1])
+    records = read_records(world[0] / "data.jsonl").records
+    settings = {"template": "paper", "max_length": 30, "max_new_tokens": 5}
+    found = answer(model, tokenizer, records, **settings)
+    assert len(found) == len(records) == 22
+    for text, record in list(zip(found, records, strict=True))[::7]:
+        question = f"<|user|>\n{record.content[0].content}\n<|assistant|>\n"
+        prompt = [tokenizer.bos_id, *tokenizer.encode(question)][-30:]
+        (ids,) = generate(
+            model, np.array([prompt]), max_new_tokens=5, eos_id=tokenizer.eos_ids
+        ).tolist()
+        ends = [i for i, x in enumerate(ids) if x in tokenizer.eos_ids]
+        assert text == tokenizer.decode(ids[: ends[0]] if ends else ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [True, False])
+def test_goes_on_after_a_kill(world, plain, tmp_path, inside):
+    """Inside of the second task, and between the tasks."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "examples.llama.continual", *flags_of(world)]
+    for task in args_of(world, output).tasks:
+        command += ["--tasks", str(task)] if "--tasks" not in command else [str(task)]
+    command += [f"--output={output}", "--task-epochs=20", "--max-new-tokens=4"]
+    options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    end = time.monotonic() + 200
+
+    def come():
+        if not inside:
+            return (output / "1-first/result.json").exists()
+        metrics = output / "2-second/metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count("\n") > 10
+
+    while not come():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (output / "2-second/result.json").exists()
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, **options)
+    assert "BWT" in done.stdout.decode()
+    results = json.loads((output / "scores.json").read_text())
+    assert results["scores"] == plain[1]["scores"]
+
+
+BAD = [
+    ({"tasks": ()}, "give one of tasks and trace"),
+    ({"task_epochs": (1.0, 2.0, 3.0)}, "task_epochs must be one or 2"),
+    ({"task_epochs": (0.0,)}, "task_epochs must be above 0"),
+    ({"metrics": ("bleu",)}, "metrics must be among exact_match, "),
+    ({"replay_earlier": 2.0}, "replay_earlier must be 0 to 1, got 2.0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_arguments(world, tmp_path, changes, message):
+    args = dataclasses.replace(args_of(world, tmp_path), **changes)
+    with pytest.raises(ValueError) as caught:
+        tasks_of(args)
+    assert message in str(caught.value)
+
+
+def test_missing_tasks(world, tmp_path, capsys):
+    for name in list(continual.TRACE)[2:]:
+        (tmp_path / name).mkdir()
+        for file in continual.FILES:
+            (tmp_path / name / file).write_text("[]")
+    with pytest.raises(SystemExit) as caught:
+        main([f"--trace={tmp_path}", f"--output={tmp_path / 'out'}", *flags_of(world)])
+    assert caught.value.code == 2
+    assert "of the tasks C-STANCE, FOMC there is no" in capsys.readouterr().err
+    for name in ("C-STANCE", "FOMC"):
+        (tmp_path / name).mkdir()
+        for file in continual.FILES:
+            (tmp_path / name / file).write_text("[]")
+    tasks = tasks_of(Args(output=tmp_path / "out", trace=tmp_path))
+    assert [task.epochs for task in tasks] == [5, 3, 7, 5, 3, 5, 5, 7]
+    assert tasks[-1].metric == "sari" and tasks[2].metric == "rouge_l"
+
+
+def test_flags_of_the_tasks_own(world, tmp_path):
+    with pytest.raises(ValueError, match="--steps is what the tasks give"):
+        run(args_of(world, tmp_path), [*flags_of(world), "--steps=3"])
