@@ -49,7 +49,9 @@ def at(curve: Curve, loss: float) -> np.ndarray:
 
 
 def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """The 95% bootstrap interval of the mean of [seeds]."""
+    """The 95% bootstrap interval of the mean of [seeds]; NaN of one seed alone."""
+    if len(values) < 2:
+        return np.nan, np.nan
     draws = rng.choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
@@ -129,12 +131,10 @@ def report(results: Results) -> str:
         ]
         if "adamw" in curves(results, measure):
             for row in matched(results, measure):
-                low, high = row["interval"]
-                gap_low, gap_high = row["gap_interval"]
                 lines.append(
                     f"| {row['loss']:.3f} | {METHODS[row['method']].title} "
-                    f"| {row['seeds']} | {row['mean']:.3f} | {low:.3f} to {high:.3f} "
-                    f"| {row['gap']:+.3f} | {gap_low:+.3f} to {gap_high:+.3f} |"
+                    f"| {row['seeds']} | {row['mean']:.3f} | {_span(row['interval'])} "
+                    f"| {row['gap']:+.3f} | {_span(row['gap_interval'], '+')} |"
                 )
         lines.append("")
     lines += [
@@ -169,6 +169,11 @@ def report(results: Results) -> str:
     return "\n".join([*lines, ""])
 
 
+def _span(limits: tuple[float, float], sign: str = "") -> str:
+    low, high = limits
+    return "" if np.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
+
+
 def plot(results: Results, image: Path) -> None:
     """Curves of all methods: means over seeds, and the seeds farthest from them."""
     with matplotlib.rc_context(STYLE):
@@ -188,7 +193,7 @@ def plot(results: Results, image: Path) -> None:
                     yerr=errors[1],
                     label=METHODS[name].title,
                     color={"adamw": "#0072b2", "mofo": "#d55e00"}.get(
-                        name, colours(i / max(1, len(found) - 1))
+                        name, colours(0.85 * i / max(1, len(found) - 1))
                     ),
                     marker="osD^vP*X"[i % 8],
                     markersize=5,

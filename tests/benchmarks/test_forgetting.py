@@ -116,6 +116,9 @@ def test_report_and_plot(tmp_path):
     assert row.split("|")[-3].strip() == "-0.100"
     row = next(x for x in rows if x.startswith("| MoFO 10% | learning rate 0.0006"))
     assert row.split("|")[-2].strip() == "1.50"
+    one = forgetting_report.report(made_up(seeds=1)).splitlines()
+    row = next(x for x in one if x.startswith("| 2.350 | MoFO"))
+    assert [x.strip() for x in row.split("|")[3:8:2]] == ["1", "", ""]
     forgetting_report.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
