@@ -103,8 +103,9 @@ def measure(args: Args) -> dict[str, Any]:
             for method, point in zip(args.methods, changes, strict=True):
                 if point is not None:
                     wanted.append({"method": method, "point": point, "seed": seed})
-    done = [{key: run[key] for key in wanted[0]} for run in results["runs"]]
-    missing = [run for run in json.loads(json.dumps(wanted)) if run not in done]
+    keys = ("method", "point", "seed")
+    done = [{key: run[key] for key in keys} for run in results["runs"]]
+    missing = [run for run in wanted if run not in done]
     with (
         tempfile.TemporaryDirectory() as scratch,
         # Much is the same in all runs, and compiled once.

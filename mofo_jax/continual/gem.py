@@ -127,26 +127,26 @@ def _complementary(matrix: jax.Array, target: jax.Array) -> jax.Array:
     eye = jnp.eye(count, dtype=matrix.dtype)
     tolerance = 1e-6 * jnp.max(jnp.abs(target))
 
-    def wrong(active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def solved(active: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """u of these active rows, and which rows are wrong then."""
         system = jnp.where(active[:, None] & active[None], matrix, eye)
         u = jnp.linalg.solve(system, jnp.where(active, -target, 0))
         w = matrix @ u + target
         return u, jnp.where(active, u, w) < -tolerance
 
     def exchange(carry: Any) -> Any:
-        step, active = carry
-        _, bad = wrong(active)
-        last = count - 1 - jnp.argmax(bad[::-1])
-        flip = (jnp.arange(count) == last) & jnp.any(bad)
-        return step + 1, active ^ flip
+        step, active, _, wrong = carry
+        last = count - 1 - jnp.argmax(wrong[::-1])
+        active ^= jnp.arange(count) == last
+        return step + 1, active, *solved(active)
 
     def unsolved(carry: Any) -> jax.Array:
-        step, active = carry
+        step, _, _, wrong = carry
         # Rounding could let it go round in a circle.
-        going_on: jax.Array = (step < 100 * count) & jnp.any(wrong(active)[1])
+        going_on: jax.Array = (step < 100 * count) & jnp.any(wrong)
         return going_on
 
-    start = jnp.int32(0), jnp.zeros(count, bool)
-    _, active = lax.while_loop(unsolved, exchange, start)
-    solution: jax.Array = jnp.maximum(wrong(active)[0], 0)
+    none = jnp.zeros(count, bool)
+    *_, u, _ = lax.while_loop(unsolved, exchange, (jnp.int32(0), none, *solved(none)))
+    solution: jax.Array = jnp.maximum(u, 0)
     return solution

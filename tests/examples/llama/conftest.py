@@ -1,5 +1,6 @@
 """The real model that these tests share. It is not part of the repository."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from examples import compilation
 from examples.llama.convert import load_llama2c
 from examples.llama.tokenizer import load_tokenizer
+from examples.llama.train import train
+from tests.examples.llama.training import config_of, write_files
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +29,24 @@ def stories_model(data_dir):
 @pytest.fixture(scope="session")
 def stories_tokenizer(data_dir):
     return load_tokenizer(data_dir / "tok512.bin", vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model and its data, as arguments of Config."""
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def run(files, tmp_path_factory):
+    """Trains into a new directory; returns that and the final numbers, each once."""
+    root = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(name, **changes):
+        return root / name, train(config_of(files, root / name, **changes))
+
+    return run
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,5 @@
 """Whole runs with what works against forgetting, and with several at once."""
 
-import functools
 import json
 import time
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from examples.llama.setup import set_up
-from examples.llama.train import train
 from mofo_jax.continual import interpolate
 from tests.examples.llama.training import (
     config_of,
@@ -16,7 +14,6 @@ from tests.examples.llama.training import (
     metrics_of,
     start,
     tensors_of,
-    write_files,
 )
 
 MANY = {
@@ -28,23 +25,6 @@ MANY = {
     "self_replay_rows": 8,
     "interpolate": "0.9:0.8",
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def run(files, tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-
-    @functools.cache
-    def run(name, **changes):
-        config = config_of(files, root / name, **changes)
-        return root / name, train(config, progress=False)
-
-    return run
 
 
 def many(files):

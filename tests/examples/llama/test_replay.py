@@ -17,12 +17,7 @@ from examples.llama.replay import (
 )
 from examples.llama.streams import Streams
 from examples.llama.tokenizer import load_tokenizer
-from tests.examples.llama.training import config_of, write_files
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("files"))
+from tests.examples.llama.training import config_of
 
 
 @pytest.fixture(scope="module")

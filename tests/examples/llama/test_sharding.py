@@ -20,7 +20,7 @@ from examples.llama.sharding import (
 )
 from examples.llama.steps import init_state
 from examples.llama.train import train
-from tests.examples.llama.training import CONFIG, config_of, metrics_of, write_files
+from tests.examples.llama.training import CONFIG, config_of, metrics_of
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,6 @@ def test_batches():
         np.testing.assert_array_equal(parts[name], x.reshape(2, 4, *x.shape[1:]))
         assert whole[name].addressable_shards[0].data.shape[0] == 2
         assert parts[name].addressable_shards[0].data.shape[:2] == (2, 1)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")

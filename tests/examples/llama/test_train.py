@@ -1,7 +1,6 @@
 """Whole runs of the trainer: what they learn, what they leave behind, how they fail."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -31,25 +30,7 @@ from tests.examples.llama.training import (
     metrics_of,
     start,
     tensors_of,
-    write_files,
 )
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def run(files, tmp_path_factory):
-    """Trains into a new directory; returns that and the final numbers, each once."""
-    root = tmp_path_factory.mktemp("runs")
-
-    @functools.cache
-    def run(name, **changes):
-        return root / name, train(config_of(files, root / name, **changes))
-
-    return run
 
 
 def losses_by_hand(model, dataset):
