@@ -1,62 +1,61 @@
 """Which method keeps most of a pretrained model at the same fine-tuning quality.
 
-python -m benchmarks.forgetting --data-dir DIR --output docs/results/forgetting.json
+python -m benchmarks.forgetting --suite stories260k --data-dir DIR --output FILE.json
 
 Fine-tunes a model by every method, along each method's learning rates (or what else its
 curve goes along), with several seeds. Writes every number as JSON after every run, and
 beside it a table and a plot of the frontier: what is forgotten over what is learned.
-Started again, it goes on after the last complete run. Any model and data will do; DIR
-holds those of llama2.c's stories260K and GSM8K.
+Started again, it goes on after the last complete run. Any model and data will do. The
+suite stories260k is of llama2.c's model and takes two to three hours on two cores; gpu
+is of the model that benchmarks.pretrain makes. DIR has the model and GSM8K.
 """
 
 import dataclasses
 import itertools
 import json
+import math
+import os
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import tyro
 from tqdm import tqdm
 
-from benchmarks.forgetting_methods import METHODS
+from benchmarks.forgetting_methods import METHODS, SUITES
 from benchmarks.forgetting_report import plot, report
+from benchmarks.workers import each
 from examples import compilation, terminal
 from examples.files import write_json
 from examples.llama.config import Config
 from examples.llama.log import environment
 from examples.llama.train import train
 
-# Of stories260k, in --data-dir.
-FILES = {
-    "model": "stories260K.bin",
-    "tokenizer": "tok512.bin",
-    "data": "gsm8k_train.jsonl",
-    "eval_data": "gsm8k_test.jsonl",
-    "retain_data": "tinystories_excerpt.txt",
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     output: Path
     """The JSON file to write; table and plot go beside it, ending in .md and .png."""
-    data_dir: Path | None = None
-    """Directory of stories260K.bin, tok512.bin, gsm8k_train.jsonl, gsm8k_test.jsonl and
-    tinystories_excerpt.txt; instead of it give the next five."""
+    # A plain str, so that an unknown one is named in one line.
+    suite: Annotated[str, tyro.conf.arg(metavar="{stories260k,gpu}")] = "stories260k"
+    """Which model, data, methods and learning rates, as far as the next ones do not say
+    otherwise."""
+    data_dir: tuple[Path, ...] = ()
+    """Directories that have the suite's files."""
     model: Path | None = None
     """As of examples.llama.train, and so are the next four."""
     tokenizer: Path | None = None
     data: Path | None = None
     eval_data: Path | None = None
     retain_data: Path | None = None
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] | None = None
     """Names among those of benchmarks/forgetting_methods.py."""
-    rate_scale: float = 1.0
-    """Multiplies all learning rates; those of the list suit the 260K model."""
+    rate_scale: float | None = None
+    """Multiplies the learning rates there, which suit the 260K model."""
     seeds: int = 3
     """Runs of each setting."""
     steps: int = 200
@@ -67,49 +66,50 @@ class Args:
     """Tokens per record and text window."""
     eval_records: int = 400
     """Held-out records, the first ones of --eval-data."""
+    workers: int = 1
+    """Runs at a time, each in a process with its share of the cores. One core trains a
+    small model at more than half the speed of two. Leave it at 1 on an accelerator."""
+    minutes: float = math.inf
+    """After these, no further run begins; the same command goes on."""
 
 
 def measure(args: Args) -> dict[str, Any]:
     """Trains what `args.output` does not hold yet, and writes that after every run.
 
     Returns:
-      "settings"; "pretrained", the measures before; and "runs", a list with the method,
+      "settings"; "pretrained", the measures before; "runs", a list with the method,
       the changes of its point, the seed, the measures "after", the "seconds" of
-      training, and the device and versions.
+      training, and the device and versions; and how many runs are "wanted".
 
     Raises:
       ValueError, OSError: A setting is out of range, or a file is missing or damaged.
       FloatingPointError: A run diverged.
     """
-    for name in args.methods:
+    begun = time.monotonic()
+    if args.suite not in SUITES:
+        raise ValueError(f"suite must be among {_list(SUITES)}; got {args.suite!r}")
+    suite = SUITES[args.suite]
+    methods = args.methods or suite.methods
+    for name in methods:
         if name not in METHODS:
-            allowed = ", ".join(METHODS)
-            raise ValueError(f"methods must be among {allowed}; got {name!r}")
+            raise ValueError(f"methods must be among {_list(METHODS)}; got {name!r}")
     paths = files(args)
-    names = ("rate_scale", "steps", "batch_size", "max_length", "eval_records")
     settings = {key: path.name for key, path in paths.items()}
-    settings |= {name: getattr(args, name) for name in names}
+    scale = suite.rate_scale if args.rate_scale is None else args.rate_scale
+    settings["rate_scale"] = scale
+    names = ("steps", "batch_size", "max_length", "eval_records")
+    settings |= {name: getattr(args, name) for name in names} | suite.settings
     results: dict[str, Any] = {"settings": settings, "pretrained": {}, "runs": []}
     if args.output.exists():
         results = json.loads(args.output.read_text())
         if results["settings"] != settings:
             raise ValueError(f"{args.output}: holds runs of other settings")
-    # All methods' first points and seeds first, so that an early end has all of them.
-    wanted = []
-    for seed in range(args.seeds):
-        for changes in itertools.zip_longest(
-            *(METHODS[m].points for m in args.methods)
-        ):
-            for method, point in zip(args.methods, changes, strict=True):
-                if point is not None:
-                    wanted.append({"method": method, "point": point, "seed": seed})
+    wanted = _runs(methods, args.seeds)
     keys = ("method", "point", "seed")
     done = [{key: run[key] for key in keys} for run in results["runs"]]
     missing = [run for run in wanted if run not in done]
     with (
         tempfile.TemporaryDirectory() as scratch,
-        # Much is the same in all runs, and compiled once.
-        compilation.kept_in(f"{scratch}/compiled"),
         tqdm(
             total=len(wanted),
             initial=len(wanted) - len(missing),
@@ -120,69 +120,112 @@ def measure(args: Args) -> dict[str, Any]:
         lines = paths["eval_data"].read_text().splitlines()[: args.eval_records]
         held_out.write_text("\n".join(lines))
         paths["eval_data"] = held_out
+        jobs = []
         for number, run in enumerate(missing):
-            bar.set_description(f"{run['method']} {_point(run)} seed {run['seed']}")
-            config = configuration(args, paths, run, Path(scratch) / str(number))
-            start = time.perf_counter()
-            found = train(config, progress=False)
-            results["pretrained"] = found["before"]
-            run |= {"after": found["after"], "seconds": found["seconds"]}
-            results["runs"].append(run | environment())
+            output = Path(scratch) / str(number)
+            config = configuration(args.suite, settings, paths, run, output)
+            jobs.append(Job(run, config))
+        for run in each(_train, jobs, args.workers, begun + 60 * args.minutes):
+            results["pretrained"] = run.pop("before")
+            results["runs"].append(run | {"workers": args.workers})
             write_json(args.output, results)
+            bar.set_description(f"{run['method']} {_point(run)} seed {run['seed']}")
             bar.set_postfix_str(
-                f"loss {found['after']['eval_loss']:.3f}, retained "
-                f"{found['after']['retain_loss']:.3f}, "
-                f"{time.perf_counter() - start:.0f} s",
+                f"loss {run['after']['eval_loss']:.3f}, retained "
+                f"{run['after']['retain_loss']:.3f}",
                 refresh=False,
             )
             bar.update()
-            # Each run compiles functions of its own, which would stay in memory.
-            jax.clear_caches()
-    return results
+    return results | {"wanted": len(wanted)}
+
+
+def _runs(methods: Sequence[str], seeds: int) -> list[dict[str, Any]]:
+    """All runs, seed by seed: an early end has every method with fewer seeds."""
+    points = list(itertools.zip_longest(*(METHODS[name].points for name in methods)))
+    return [
+        {"method": method, "point": point, "seed": seed}
+        for seed in range(seeds)
+        for changes in points
+        for method, point in zip(methods, changes, strict=True)
+        if point is not None
+    ]
+
+
+class Job(NamedTuple):
+    """A run to do."""
+
+    run: dict[str, Any]  # its "method", "point" and "seed"
+    config: Config
+
+
+def _train(job: Job) -> dict[str, Any]:
+    # Much is the same in all runs, and compiled once by each process.
+    with compilation.kept_in(job.config.output.parent / f"compiled{os.getpid()}"):
+        found = train(job.config, progress=False)
+    # Each run compiles functions of its own, which would stay in memory, and leaves a
+    # model and a checkpoint.
+    jax.clear_caches()
+    shutil.rmtree(job.config.output)
+    kept = {name: found[name] for name in ("before", "after", "seconds")}
+    return job.run | kept | environment()
 
 
 def files(args: Args) -> dict[str, Path]:
     """The paths of model and data.
 
     Raises:
-      ValueError: One is not given.
+      ValueError: One is neither given nor in a directory.
     """
     found = {}
-    for key, name in FILES.items():
+    names = SUITES[args.suite].files
+    for key in ("model", "tokenizer", "data", "eval_data", "retain_data"):
         path = getattr(args, key)
-        if path is None and args.data_dir is not None:
-            path = args.data_dir / name
-        if path is None and key == "tokenizer":
-            continue  # the model's own
-        if path is None:
-            raise ValueError(f"give data_dir or {key}")
-        found[key] = path
+        if path is None and key in names:
+            places = (directory / names[key] for directory in args.data_dir)
+            path = next((place for place in places if place.exists()), None)
+        if path is not None:
+            found[key] = path
+        elif key != "tokenizer":  # which may be the model's own
+            flag = key.replace("_", "-")
+            raise ValueError(
+                f"--{flag}: not given, and no {names[key]} in --data-dir"
+                f"{''.join(f' {directory}' for directory in args.data_dir)}"
+            )
     return found
 
 
 def configuration(
-    args: Args, paths: dict[str, Path], run: dict[str, Any], output: Path
+    suite: str,
+    settings: dict[str, Any],
+    paths: dict[str, Path],
+    run: dict[str, Any],
+    output: Path,
 ) -> Config:
     """Of one run. Its settings are those of the method, the point and the seed."""
-    changes: dict[str, Any] = {"learning_rate": 1.0}
-    changes |= METHODS[run["method"]].common | run["point"]
-    changes["learning_rate"] *= args.rate_scale
+    method: dict[str, Any] = {"learning_rate": 1.0}
+    method |= METHODS[run["method"]].common | run["point"]
+    method["learning_rate"] *= settings["rate_scale"]
+    of_suite = SUITES[suite].settings
     common = {
         **{key: paths.get(key) for key in ("model", "tokenizer", "retain_data")},
         "data": (str(paths["data"]),),
         "eval_data": str(paths["eval_data"]),
-        "steps": args.steps,
-        "batch_size": args.batch_size,
-        "max_length": args.max_length,
-        "eval_every": args.steps,
-        "save_every": args.steps,
+        "steps": settings["steps"],
+        "batch_size": settings["batch_size"],
+        "max_length": settings["max_length"],
+        "eval_every": settings["steps"],
+        "save_every": settings["steps"],
         "keep": 1,
         "samples": 0,
         "mesh": "fsdp=1",
         "seed": run["seed"],
         "output": output,
     }
-    return Config(**common | changes)
+    return Config(**common | of_suite | method)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 def _point(run: dict[str, Any]) -> str:
@@ -198,6 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"output must end in .json, got {args.output}")
         args.output.parent.mkdir(parents=True, exist_ok=True)
         results = measure(args)
+        done, wanted = len(results["runs"]), results.pop("wanted")
+        if done < wanted:
+            print(f"{done} of {wanted} runs; the same command goes on")
+        if not done:
+            return
         text = report(results)
         args.output.with_suffix(".md").write_text(text)
         plot(results, args.output.with_suffix(".png"))

@@ -6,16 +6,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.interpolate import PchipInterpolator
 
 from benchmarks.forgetting_methods import METHODS
+from benchmarks.matched import Curve, at, interval, span
 from examples.llama.report_plots import STYLE
 
-RESAMPLES = 10_000
 MEASURES = {"retain_loss": "retained-text loss", "kl": "KL"}
 
 Results = dict[str, Any]
-Curve = np.ndarray  # [seeds, points, 2]: held-out loss, and what was measured
 
 
 def curves(results: Results, measure: str) -> dict[str, Curve]:
@@ -32,29 +30,6 @@ def curves(results: Results, measure: str) -> dict[str, Curve]:
         if seeds:
             found[name] = np.array(seeds)
     return found
-
-
-def at(curve: Curve, loss: float) -> np.ndarray:
-    """What each seed's curve has at a held-out loss, [seeds]; NaN outside of it.
-
-    Between the points by a monotone cubic: the chord of a convex curve lies above it,
-    which would favour the methods that have more points nearby.
-    """
-    return np.array(
-        [
-            float(PchipInterpolator(*points.T, extrapolate=False)(loss))
-            for points in curve
-        ]
-    )
-
-
-def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """The 95% bootstrap interval of the mean of [seeds]; NaN of one seed alone."""
-    if len(values) < 2:
-        return np.nan, np.nan
-    draws = rng.choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def targets(found: dict[str, Curve], count: int = 3) -> list[float]:
@@ -134,8 +109,8 @@ def report(results: Results) -> str:
         for row in matched(results, measure):
             lines.append(
                 f"| {row['loss']:.3f} | {METHODS[row['method']].title} "
-                f"| {row['seeds']} | {row['mean']:.3f} | {_span(row['interval'])} "
-                f"| {row['gap']:+.3f} | {_span(row['gap_interval'], '+')} |"
+                f"| {row['seeds']} | {row['mean']:.3f} | {span(row['interval'])} "
+                f"| {row['gap']:+.3f} | {span(row['gap_interval'], '+.3f')} |"
             )
         lines.append("")
     lines += [
@@ -168,11 +143,6 @@ def report(results: Results) -> str:
                 f"| {after['touched']:.0%} | {time} |"
             )
     return "\n".join([*lines, ""])
-
-
-def _span(limits: tuple[float, float], sign: str = "") -> str:
-    low, high = limits
-    return "" if np.isnan(low) else f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
 def plot(results: Results, image: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import forgetting, forgetting_report
+from benchmarks import forgetting, forgetting_report, matched
 from benchmarks.forgetting import Args, configuration, files, main, measure
 from benchmarks.forgetting_methods import METHODS
 from examples.llama.checks import check
@@ -21,8 +21,9 @@ def made_up(seeds=3):
         offset = 0.01 * rng.normal()
         for name, shift in SHIFTS.items():
             method = METHODS[name]
-            for i, point in enumerate(method.points):
-                x = 2.8 - 0.3 * i + (3 if name == "hft" else 0)
+            losses = np.linspace(2.8, 1.9, len(method.points)).tolist()
+            for x, point in zip(losses, method.points, strict=True):
+                x += 3 if name == "hft" else 0
                 after = {
                     "eval_loss": x,
                     "retain_loss": 2 + (3 - x) ** 2 / 4 + shift + offset,
@@ -76,10 +77,10 @@ def test_a_convex_curve_between_its_points():
     """Nearer to the curve than its chord is."""
     x = np.array([1.0, 1.5, 2.0, 2.5])
     curve = np.stack([x, (3 - x) ** 2], axis=1)[None]
-    found = forgetting_report.at(curve, 1.75)[0]
+    found = matched.at(curve, 1.75)[0]
     exact, chord = 1.25**2, (1.5**2 + 1) / 2
     assert abs(found - exact) < abs(chord - exact) / 2
-    assert np.isnan(forgetting_report.at(curve, 0.9)).all()
+    assert np.isnan(matched.at(curve, 0.9)).all()
 
 
 def test_incomplete_seeds_have_no_curve():
@@ -102,7 +103,7 @@ def test_intervals_cover_the_mean():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(60):
-        low, high = forgetting_report.interval(rng.normal(size=20), rng)
+        low, high = matched.interval(rng.normal(size=20), rng)
         hits += low < 0 < high
     assert 50 <= hits <= 60
 
@@ -110,7 +111,7 @@ def test_intervals_cover_the_mean():
 def test_report_and_plot(tmp_path):
     results = made_up()
     text = forgetting_report.report(results)
-    assert "36 runs, up to 3 seeds" in text
+    assert "54 runs, up to 3 seeds" in text
     rows = text.splitlines()
     row = next(x for x in rows if x.startswith("| 2.350 | MoFO"))
     assert row.split("|")[-3].strip() == "-0.100"
@@ -127,10 +128,11 @@ def test_report_and_plot(tmp_path):
 def test_every_method_is_a_configuration(tmp_path, name):
     paths = write_files(tmp_path)
     paths["data"] = paths["data"][0]
-    args = Args(output=tmp_path / "x.json", rate_scale=2.0)
+    settings = {"rate_scale": 2, "steps": 5, "batch_size": 4, "max_length": 48}
     for point in METHODS[name].points:
         run = {"method": name, "point": point, "seed": 3}
-        config = configuration(args, paths, run, tmp_path / "out")
+        output = tmp_path / "out"
+        config = configuration("stories260k", settings, paths, run, output)
         check(config)
         assert config.seed == 3
         rate = (METHODS[name].common | point)["learning_rate"]
@@ -172,9 +174,24 @@ def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "holds runs of other settings" in capsys.readouterr().err
 
 
+def test_ends_in_time(tmp_path, capsys):
+    paths = write_files(tmp_path)
+    paths["data"] = paths["data"][0]
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in paths.items()]
+    main([*flags, f"--output={tmp_path / 'x.json'}", "--minutes=0"])
+    assert "0 of 246 runs" in capsys.readouterr().out
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_bad_arguments(tmp_path):
-    args = Args(output=tmp_path / "x.json", data_dir=tmp_path, methods=("sgd",))
+    args = Args(output=tmp_path / "x.json", data_dir=(tmp_path,), methods=("sgd",))
     with pytest.raises(ValueError, match=r"methods must be among adamw, .*'sgd'"):
         measure(args)
-    with pytest.raises(ValueError, match="give data_dir or model"):
-        files(Args(output=tmp_path / "x.json"))
+    args = Args(output=tmp_path / "x.json", suite="tpu")
+    with pytest.raises(ValueError, match="suite must be among stories260k, gpu; got"):
+        measure(args)
+    args = Args(output=tmp_path / "x.json", data_dir=(tmp_path,))
+    with pytest.raises(
+        ValueError, match=r"--model: .*no stories260K.bin in --data-dir"
+    ):
+        files(args)

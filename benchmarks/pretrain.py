@@ -1,0 +1,210 @@
+"""Pretrain a Llama where no checkpoint can be downloaded, for benchmarks.forgetting.
+
+python -m benchmarks.pretrain --output DIR
+
+Trains a tokenizer and a Llama of about 120M parameters on the Python sources of the
+standard library and the installed packages. Some packages are held out, and what
+fine-tuning makes the model forget is measured on them. Leaves the model in
+DIR/run/model and their text in DIR/held_out.txt. The same command goes on after a kill.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+import tyro
+from flax import nnx
+
+from examples import terminal
+from examples.files import write_bytes, write_json
+from examples.llama.architectures import LlamaConfig
+from examples.llama.config import Config, DTypeName
+from examples.llama.huggingface import save_hugging_face
+from examples.llama.model import Llama
+from examples.llama.tokenizer import Tokenizer, save_tokenizer
+from examples.llama.train import train
+
+SPECIAL = ("<s>", "</s>", "<pad>")
+# So that nearly every piece of source fills a row; what is too long is cut off.
+CHARACTERS_PER_TOKEN = 4
+HELD_OUT = 0.05  # of the packages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    output: Path
+    """Directory for the model and all that it is made from."""
+    sources: tuple[Path, ...] = tuple(
+        Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")
+    )
+    """Directories of packages; by default those of this Python."""
+    megabytes: float = 200.0
+    """Text to take at most. A twentieth of it trains the tokenizer."""
+    held_out_kilobytes: float = 300.0
+    """Text of the held-out packages to take at most."""
+    vocab_size: int = 16384
+    hidden_size: int = 768
+    layers: int = 12
+    heads: int = 12
+    steps: int = 4000
+    batch_size: int = 64
+    max_length: int = 512
+    """Tokens per row; the model takes twice as many."""
+    learning_rate: float = 6e-4
+    dtype: DTypeName = "bfloat16"
+    """Of the computation."""
+
+
+def pretrain(args: Args) -> dict[str, float]:
+    """Prepares what is not there yet, and trains or goes on.
+
+    Returns:
+      The measures on the held-out text before and after, as of `train`.
+
+    Raises:
+      ValueError, OSError: As of `train`; or there is too little text.
+    """
+    prepared = args.output / "prepared.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    if not prepared.exists():
+        prepare(args)
+        write_json(prepared, settings)
+    elif json.loads(prepared.read_text()) != settings:
+        raise ValueError(f"{prepared}: of other settings; give another output")
+    return train(
+        Config(
+            model=args.output / "start",
+            data=(str(args.output / "sources.jsonl"),),
+            retain_data=args.output / "held_out.txt",
+            output=args.output / "run",
+            method="adamw",
+            learning_rate=args.learning_rate,
+            warmup_steps=args.steps // 20,
+            clip_norm=1.0,
+            weight_decay=0.1,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            dtype=args.dtype,
+            # A distance from random weights says nothing.
+            reference=False,
+            samples=0,
+            eval_every=max(1, args.steps // 4),
+            save_every=max(1, args.steps // 4),
+            keep=1,
+        )
+    )
+
+
+def prepare(args: Args) -> None:
+    """Writes texts, tokenizer and a model that has learned nothing."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    known, held_out = [], []
+    length = CHARACTERS_PER_TOKEN * args.max_length
+    wanted = args.megabytes * 1e6
+    for package, text in sources(args.sources):
+        # These come first, as packages are in the order of their shares.
+        if _share(package) < HELD_OUT:
+            held_out += pieces_of(text, length)
+            continue
+        known.append(text)
+        wanted -= len(text)
+        if wanted < 0:
+            break
+    # Some of every package, not all of the first.
+    kept = "".join(sorted(held_out, key=_share))[: int(1e3 * args.held_out_kilobytes)]
+    if not known or not kept:
+        raise ValueError(
+            f"sources: {len(known)} files to learn and {len(held_out)} pieces held out "
+            f"in {', '.join(map(str, args.sources))}; expected packages of both"
+        )
+    write_bytes(args.output / "held_out.txt", kept.encode())
+    pieces = [piece for text in known for piece in pieces_of(text, length)]
+    lines = [json.dumps({"text": piece}) for piece in pieces]
+    write_bytes(args.output / "sources.jsonl", ("\n".join(lines) + "\n").encode())
+    tokenizer = train_tokenizer(known[::20] or known, args.vocab_size)
+    model = Llama(
+        LlamaConfig(
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=3 * args.hidden_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.heads,
+            max_position_embeddings=2 * args.max_length,
+        ),
+        rngs=nnx.Rngs(0),
+    )
+    save_hugging_face(model, args.output / "start")
+    save_tokenizer(tokenizer, args.output / "start")
+
+
+def sources(roots: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    """Package and text of every Python file, packages in an order without a meaning.
+
+    Each text comes once, as packages bring copies of each other's files.
+    """
+    packages = [entry for root in roots if root.is_dir() for entry in root.iterdir()]
+    seen = set()
+    for package in sorted(packages, key=lambda path: _share(path.stem)):
+        if package.name == "site-packages":  # it lies in the standard library's
+            continue
+        files = [package] if package.suffix == ".py" else sorted(package.rglob("*.py"))
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            digest = hashlib.sha256(text.encode()).digest()
+            if text.strip() and digest not in seen:
+                seen.add(digest)
+                yield package.stem, text
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) that is always the same for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+
+
+def pieces_of(text: str, characters: int) -> Iterator[str]:
+    """The text in pieces of whole lines, none longer than asked but for long lines."""
+    piece = ""
+    for line in text.splitlines(keepends=True):
+        if piece and len(piece) + len(line) > characters:
+            yield piece
+            piece = ""
+        piece += line
+    yield piece
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE, so that any text has tokens."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    start, end, pad = range(3)
+    return Tokenizer(backend, bos_id=start, eos_ids=(end,), pad_id=pad)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; it ends as that of examples.llama.train does."""
+    program = "python -m benchmarks.pretrain"
+    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("pretrain"):
+        pretrain(args)
+
+
+if __name__ == "__main__":
+    main()
