@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.forgetting_methods import METHODS
+from benchmarks.forgetting_methods import METHODS, describe
 from benchmarks.matched import Curve, at, interval, span
 from examples.llama.report_plots import STYLE
 
@@ -134,10 +134,9 @@ def report(results: Results) -> str:
                 for key in these[0]["after"]
             }
             seconds = np.median([run["seconds"] for run in these])
-            setting = ", ".join(f"{key} {value}" for key, value in point.items())
             time = f"{seconds / np.median(adamw):.2f}" if adamw else ""
             lines.append(
-                f"| {method.title} | {setting.replace('_', ' ')} | {len(these)} "
+                f"| {method.title} | {describe(point)} | {len(these)} "
                 f"| {after['eval_loss']:.3f} | {after['retain_loss']:.3f} "
                 f"| {after['kl']:.3f} | {after['distance']:.2f} "
                 f"| {after['touched']:.0%} | {time} |"

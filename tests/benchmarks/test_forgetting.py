@@ -1,12 +1,13 @@
 """The frontier: runs of a tiny model, and tables of made-up curves that are known."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import forgetting, forgetting_report, matched
-from benchmarks.forgetting import Args, configuration, files, main, measure
+from benchmarks.forgetting import Args, main, measure
 from benchmarks.forgetting_methods import METHODS
 from examples.llama.checks import check
 from tests.examples.llama.training import write_files
@@ -111,7 +112,7 @@ def test_intervals_cover_the_mean():
 def test_report_and_plot(tmp_path):
     results = made_up()
     text = forgetting_report.report(results)
-    assert "54 runs, up to 3 seeds" in text
+    assert "42 runs, up to 3 seeds" in text
     rows = text.splitlines()
     row = next(x for x in rows if x.startswith("| 2.350 | MoFO"))
     assert row.split("|")[-3].strip() == "-0.100"
@@ -128,11 +129,11 @@ def test_report_and_plot(tmp_path):
 def test_every_method_is_a_configuration(tmp_path, name):
     paths = write_files(tmp_path)
     paths["data"] = paths["data"][0]
-    settings = {"rate_scale": 2, "steps": 5, "batch_size": 4, "max_length": 48}
+    paths = {key: Path(path) for key, path in paths.items()}
+    args = Args(output=tmp_path / "x.json", rate_scale=2.0, **paths)
+    held_out = args.held_out(tmp_path)
     for point in METHODS[name].points:
-        run = {"method": name, "point": point, "seed": 3}
-        output = tmp_path / "out"
-        config = configuration("stories260k", settings, paths, run, output)
+        config = args.configuration(name, point, 3, held_out, tmp_path / "out")
         check(config)
         assert config.seed == 3
         rate = (METHODS[name].common | point)["learning_rate"]
@@ -179,12 +180,14 @@ def test_ends_in_time(tmp_path, capsys):
     paths["data"] = paths["data"][0]
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in paths.items()]
     main([*flags, f"--output={tmp_path / 'x.json'}", "--minutes=0"])
-    assert "0 of 246 runs" in capsys.readouterr().out
+    runs = 3 * sum(len(method.points) for method in METHODS.values())
+    assert f"0 of {runs} runs" in capsys.readouterr().out
     assert not (tmp_path / "x.json").exists()
 
 
 def test_bad_arguments(tmp_path):
-    args = Args(output=tmp_path / "x.json", data_dir=(tmp_path,), methods=("sgd",))
+    paths = {key: tmp_path for key in ("model", "data", "eval_data", "retain_data")}
+    args = Args(output=tmp_path / "x.json", methods=("sgd",), **paths)
     with pytest.raises(ValueError, match=r"methods must be among adamw, .*'sgd'"):
         measure(args)
     args = Args(output=tmp_path / "x.json", suite="tpu")
@@ -194,4 +197,4 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(
         ValueError, match=r"--model: .*no stories260K.bin in --data-dir"
     ):
-        files(args)
+        args.paths()

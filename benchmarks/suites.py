@@ -1,0 +1,147 @@
+"""Which model and data a comparison of fine-tuning runs is of."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from benchmarks.forgetting_methods import METHODS, Settings
+from examples.llama.config import Config
+
+
+class Suite(NamedTuple):
+    """A model, data, and what to run on them."""
+
+    files: Settings  # by the names of the trainer's settings, in --data-dir
+    methods: tuple[str, ...]
+    rate_scale: float  # times the learning rates of METHODS
+    settings: Settings  # of all runs
+
+
+GSM8K = {"data": "gsm8k_train.jsonl", "eval_data": "gsm8k_test.jsonl"}
+
+SUITES = {
+    "stories260k": Suite(
+        {
+            "model": "stories260K.bin",
+            "tokenizer": "tok512.bin",
+            "retain_data": "tinystories_excerpt.txt",
+        }
+        | GSM8K,
+        tuple(METHODS),
+        rate_scale=1.0,
+        settings={},
+    ),
+    # Of the model that benchmarks.pretrain makes; as many runs as fit 20 minutes of a
+    # large GPU.
+    "gpu": Suite(
+        {"model": "run/model", "retain_data": "held_out.txt"} | GSM8K,
+        ("adamw", "mofo", "hft", "wise-ft", "self", "self-mofo"),
+        rate_scale=0.1,
+        settings={"dtype": "bfloat16"},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The flags that say what to train, and how long."""
+
+    # A plain str, so that an unknown one is named in one line.
+    suite: Annotated[str, tyro.conf.arg(metavar="{stories260k,gpu}")] = "stories260k"
+    """Which model, data, methods and learning rates, as far as the next ones do not say
+    otherwise."""
+    data_dir: tuple[Path, ...] = ()
+    """Directories that have the suite's files."""
+    model: Path | None = None
+    """As of examples.llama.train, and so are the next four."""
+    tokenizer: Path | None = None
+    data: Path | None = None
+    eval_data: Path | None = None
+    retain_data: Path | None = None
+    rate_scale: float | None = None
+    """Multiplies the learning rates of benchmarks/forgetting_methods.py, which suit the
+    260K model."""
+    steps: int = 200
+    """Training steps of each run."""
+    batch_size: int = 8
+    """Records per step."""
+    max_length: int = 256
+    """Tokens per record and text window."""
+    eval_records: int = 400
+    """Held-out records, the first ones of --eval-data."""
+
+    def paths(self) -> dict[str, Path]:
+        """Of model and data, by the names of the flags.
+
+        Raises:
+          ValueError: The suite is unknown, or a file is neither given nor in a
+            directory.
+        """
+        check_name("suite", self.suite, SUITES)
+        found = {}
+        names = SUITES[self.suite].files
+        for key in ("model", "tokenizer", "data", "eval_data", "retain_data"):
+            path = getattr(self, key)
+            if path is None and key in names:
+                places = (directory / names[key] for directory in self.data_dir)
+                path = next((place for place in places if place.exists()), None)
+            if path is not None:
+                found[key] = path
+            elif key != "tokenizer":  # which may be the model's own
+                raise ValueError(
+                    f"--{key.replace('_', '-')}: not given, and no {names[key]} in "
+                    f"--data-dir{''.join(f' {place}' for place in self.data_dir)}"
+                )
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on, for JSON; ValueError as of `paths`."""
+        found = {key: path.name for key, path in self.paths().items()}
+        suite = SUITES[self.suite]
+        scale = suite.rate_scale if self.rate_scale is None else self.rate_scale
+        names = ("steps", "batch_size", "max_length", "eval_records")
+        found |= {"rate_scale": scale} | {name: getattr(self, name) for name in names}
+        return found | suite.settings
+
+    def held_out(self, directory: Path) -> Path:
+        """Writes the first of the held-out records."""
+        lines = self.paths()["eval_data"].read_text().splitlines()
+        path = directory / "held_out.jsonl"
+        path.write_text("\n".join(lines[: self.eval_records]))
+        return path
+
+    def configuration(
+        self, method: str, point: Settings, seed: int, held_out: Path, output: Path
+    ) -> Config:
+        """Of one run, of a method of METHODS with the changes of its point."""
+        paths, settings = self.paths(), self.settings()
+        changes: Settings = {"learning_rate": 1.0}
+        changes |= METHODS[method].common | point
+        changes["learning_rate"] *= settings["rate_scale"]
+        changes = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()
+        }
+        common = {
+            **{key: paths.get(key) for key in ("model", "tokenizer", "retain_data")},
+            "data": (str(paths["data"]),),
+            "eval_data": str(held_out),
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "eval_every": self.steps,
+            "save_every": self.steps,
+            "keep": 1,
+            "samples": 0,
+            "mesh": "fsdp=1",
+            "seed": seed,
+            "output": output,
+        }
+        return Config(**common | SUITES[self.suite].settings | changes)
+
+
+def check_name(argument: str, name: str, allowed: Iterable[str]) -> None:
+    if name not in allowed:
+        raise ValueError(f"{argument} must be among {', '.join(allowed)}; got {name!r}")
