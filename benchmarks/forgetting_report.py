@@ -1,75 +1,77 @@
 """The frontier as tables and as a plot: what is forgotten over what is learned."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.forgetting_methods import METHODS, describe
-from benchmarks.matched import Curve, at, interval, span
-from examples.llama.report_plots import STYLE
+from benchmarks.forgetting_methods import GROUPS, METHODS, Settings, describe
+from benchmarks.matched import Curve, compare, frontier, table
+from examples.llama.report_plots import BLUE, ORANGE, STYLE
 
+ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
+REFERENCES = {"adamw": BLUE, "mofo": ORANGE}  # in every panel of the plot
+# The rest of Okabe and Ito's palette.
+COLOURS = ("#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#f0e442")
 MEASURES = {"retain_loss": "retained-text loss", "kl": "KL"}
 
 Results = dict[str, Any]
 
 
-def curves(results: Results, measure: str) -> dict[str, Curve]:
-    """Each method's points of all seeds that are complete, by their held-out loss."""
+def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
+    """Of each method [seeds, points, 2], of the seeds that have all points.
+
+    A point is the held-out loss and what was measured; points are in the order of the
+    method's.
+    """
     found = {}
     for name, method in METHODS.items():
-        runs = [run for run in results["runs"] if run["method"] == name]
+        of_seeds: dict[int, list[Any]] = {}
+        for run in results["runs"]:
+            if run["method"] == name:
+                of_seeds.setdefault(run["seed"], []).append(run)
         seeds = []
-        for seed in sorted({run["seed"] for run in runs}):
-            points = [run["after"] for run in runs if run["seed"] == seed]
-            if len(points) == len(method.points):
-                pairs = sorted((p["eval_loss"], p[measure]) for p in points)
-                seeds.append(pairs)
+        for seed in sorted(of_seeds):
+            of_point = [
+                [run["after"] for run in of_seeds[seed] if run["point"] == point]
+                for point in method.points
+            ]
+            if all(of_point):
+                seeds.append(
+                    [(after["eval_loss"], after[measure]) for (after,) in of_point]
+                )
         if seeds:
             found[name] = np.array(seeds)
     return found
 
 
+def curves(results: Results, measure: str) -> dict[str, Curve]:
+    """Each method's frontier, for all seeds that are complete."""
+    return {
+        name: [frontier(points, rising=False) for points in seeds]
+        for name, seeds in measured(results, measure).items()
+    }
+
+
 def targets(found: dict[str, Curve], count: int = 3) -> list[float]:
     """Held-out losses that AdamW and MoFO both reach with every seed, evenly spaced."""
-    both = [found[name][..., 0] for name in ("adamw", "mofo") if name in found]
-    low = max(float(x.min(axis=1).max()) for x in both)
-    high = min(float(x.max(axis=1).min()) for x in both)
+    both = [*found["adamw"], *found.get("mofo", [])]
+    low = max(float(points[0, 0]) for points in both)
+    high = min(float(points[-1, 0]) for points in both)
     return np.linspace(low, high, count + 2)[1:-1].tolist()
 
 
-def matched(results: Results, measure: str) -> list[dict[str, Any]]:
-    """A row for each loss and method that reaches it: mean, interval, gap to AdamW.
-
-    The gap is taken seed by seed, of those that both have, before its mean and
-    interval. Without a complete curve of AdamW there are no rows.
-    """
-    found, rows = curves(results, measure), []
+def matched(results: Results, measure: str) -> dict[float, dict[str, dict[str, Any]]]:
+    """By loss and method, what `compare` finds against AdamW of the same seeds."""
+    found = curves(results, measure)
     if "adamw" not in found:
-        return []
-    rng = np.random.default_rng(0)
-    for loss in targets(found):
-        base = at(found["adamw"], loss)
-        for name, curve in found.items():
-            values = at(curve, loss)
-            if np.isnan(values).any():
-                continue
-            seeds = min(len(values), len(base))
-            gaps = values[:seeds] - base[:seeds]
-            rows.append(
-                {
-                    "loss": loss,
-                    "method": name,
-                    "seeds": len(values),
-                    "mean": float(values.mean()),
-                    "interval": interval(values, rng),
-                    "gap": float(gaps.mean()),
-                    "gap_interval": interval(gaps, rng),
-                }
-            )
-    return rows
+        return {}
+    base = dict.fromkeys(found, "adamw")
+    return {loss: compare(found, base, loss) for loss in targets(found)}
 
 
 def report(results: Results) -> str:
@@ -95,87 +97,138 @@ def report(results: Results) -> str:
         "before. KL: from the pretrained model on that text.",
         "",
     ]
+    titles = {name: (method.title,) for name, method in METHODS.items()}
     for measure, title in MEASURES.items():
         lines += [
             f"## {title[0].upper()}{title[1:]} at a matched held-out loss",
             "",
-            "Interpolated along each method's curve, seed by seed; 95% bootstrap "
-            "intervals over seeds. The gap is to AdamW of the same seeds, below zero "
-            "where less is forgotten.",
+            "Interpolated along each method's curve, seed by seed; empty where that "
+            "does not reach the loss with every seed. The gap is to AdamW of the same "
+            "seeds, below zero where less is forgotten, with its 95% bootstrap "
+            "interval over seeds.",
             "",
-            f"| held-out loss | method | seeds | {title} | interval | gap | interval |",
-            "|---|---|---|---|---|---|---|",
+            *table(("method",), titles, matched(results, measure), ".3f"),
+            "",
         ]
-        for row in matched(results, measure):
-            lines.append(
-                f"| {row['loss']:.3f} | {METHODS[row['method']].title} "
-                f"| {row['seeds']} | {row['mean']:.3f} | {span(row['interval'])} "
-                f"| {row['gap']:+.3f} | {span(row['gap_interval'], '+.3f')} |"
-            )
-        lines.append("")
     lines += [
+        f"## At one learning rate, {ONE_RATE * settings['rate_scale']:g}",
+        "",
+        "As papers compare: what is learned differs, and so does what is forgotten.",
+        "",
+        *_settings(results, lambda name, point: _rate(name, point) == ONE_RATE),
+        "",
         "## Every setting",
         "",
-        "Means over seeds. Touched: share of entries that differ from the pretrained "
-        "ones. Time: of training, over that of AdamW.",
+        *_settings(results, lambda name, point: True),
         "",
+        "Means over seeds, and half of the range. Touched: share of entries that are "
+        "not the pretrained ones. Time: of the method's fastest training, over that of "
+        "AdamW.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rate(name: str, point: Settings) -> float:
+    return (METHODS[name].common | point)["learning_rate"]
+
+
+def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list[str]:
+    """A table of the methods' points, as they were measured."""
+    lines = [
         "| method | setting | seeds | held-out loss | retained-text loss | KL "
         "| distance | touched | time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---" * 9 + "|",
     ]
-    adamw = [run["seconds"] for run in runs if run["method"] == "adamw"]
+    runs = results["runs"]
+    seconds = {name: _fastest(results, name) for name in METHODS}
     for name, method in METHODS.items():
         for point in method.points:
             these = [r for r in runs if (r["method"], r["point"]) == (name, point)]
-            if not these:
+            if not these or not chosen(name, point):
                 continue
             after = {
-                key: float(np.mean([run["after"][key] for run in these]))
+                key: np.array([run["after"][key] for run in these])
                 for key in these[0]["after"]
             }
-            seconds = np.median([run["seconds"] for run in these])
-            time = f"{seconds / np.median(adamw):.2f}" if adamw else ""
-            lines.append(
-                f"| {method.title} | {describe(point)} | {len(these)} "
-                f"| {after['eval_loss']:.3f} | {after['retain_loss']:.3f} "
-                f"| {after['kl']:.3f} | {after['distance']:.2f} "
-                f"| {after['touched']:.0%} | {time} |"
-            )
-    return "\n".join([*lines, ""])
+            cells = [method.title, describe(point), str(len(these))]
+            for key in ("eval_loss", "retain_loss", "kl"):
+                spread = np.ptp(after[key]) / 2
+                cells.append(f"{after[key].mean():.3f} ± {spread:.3f}")
+            cells.append(f"{after['distance'].mean():.2f}")
+            cells.append(f"{after['touched'].mean():.0%}")
+            ratio = seconds[name] / seconds["adamw"]
+            cells.append("" if np.isnan(ratio) else f"{ratio:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _fastest(results: Results, name: str) -> float:
+    """Seconds of the method's fastest run, which other work has slowed the least.
+
+    Of those with as many runs at a time as the last ones had; NaN where there is none.
+    """
+    workers = results["runs"][-1]["workers"]
+    found = [
+        run["seconds"]
+        for run in results["runs"]
+        if (run["method"], run["workers"]) == (name, workers)
+    ]
+    return min(found, default=np.nan)
 
 
 def plot(results: Results, image: Path) -> None:
-    """Curves of all methods: means over seeds, and the seeds farthest from them."""
+    """The curves of each group of methods, AdamW's and MoFO's in each."""
+    before = results["pretrained"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 5), layout="constrained")
-        axes = figure.subplots(1, 2)
-        colours = matplotlib.colormaps["cividis"]
-        for ax, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-            found = curves(results, measure)
-            for i, (name, curve) in enumerate(found.items()):
-                x, y = curve.mean(axis=0).T
-                errors = np.abs(curve - curve.mean(axis=0)).max(axis=0).T
-                first = name in ("adamw", "mofo")
-                ax.errorbar(
-                    x,
-                    y,
-                    xerr=errors[0],
-                    yerr=errors[1],
-                    label=METHODS[name].title,
-                    color={"adamw": "#0072b2", "mofo": "#d55e00"}.get(
-                        name, colours(0.85 * i / max(1, len(found) - 1))
-                    ),
-                    marker="osD^vP*X"[i % 8],
-                    markersize=5,
-                    linewidth=2 if first else 1,
-                    zorder=3 if first else 2,
-                    capsize=2,
-                )
+        figure = Figure(figsize=(12, 8), layout="constrained")
+        axes = figure.subplots(len(MEASURES), len(GROUPS), sharex=True, sharey="row")
+        for row, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+            found = measured(results, measure)
+            for ax, group in zip(row, GROUPS, strict=True):
+                for name, points in found.items():
+                    if METHODS[name].group == group or name in REFERENCES:
+                        _draw(ax, name, points)
+                ax.axhline(before[measure], color="black", linewidth=0.8, linestyle=":")
+                ax.grid()
+                if "adamw" in found:
+                    # What learns little, or forgets all, is in the table alone.
+                    low = found["adamw"].min(axis=(0, 1))
+                    high = found["adamw"].max(axis=(0, 1))
+                    margin = 0.1 * (high - low)
+                    ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
+                    ax.set_ylim(before[measure] - margin[1], high[1] + margin[1])
+            row[0].set_ylabel(f"{title} (nats per token)")
+        for ax, group in zip(axes[0], GROUPS, strict=True):
+            ax.set_title(group)
+            ax.legend(fontsize=7)
+        for ax in axes[-1]:
             ax.set_xlabel("held-out loss (nats per answer token)")
-            ax.set_ylabel(f"{title} (nats per token)")
-            ax.grid()
-        axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(
-            "Lower and further left is better: more learned, less forgotten"
+            "Lower and further left is better: more learned, less forgotten "
+            "(dotted: the pretrained model)"
         )
         figure.savefig(image, dpi=150)
+
+
+def _draw(ax: Axes, name: str, points: np.ndarray) -> None:
+    """Means over seeds, and the seeds farthest from them."""
+    group = [other for other in METHODS if METHODS[other].group == METHODS[name].group]
+    group = [other for other in group if other not in REFERENCES]
+    first = name in REFERENCES
+    i = 0 if first else group.index(name)
+    x, y = points.mean(axis=0).T
+    errors = np.abs(points - points.mean(axis=0)).max(axis=0).T
+    ax.errorbar(
+        x,
+        y,
+        xerr=errors[0],
+        yerr=errors[1],
+        label=METHODS[name].title,
+        color=REFERENCES[name] if first else COLOURS[i % len(COLOURS)],
+        marker="o" if first else "sD^vP*X<"[i % 8],
+        markersize=4,
+        linewidth=2.5 if first else 1.2,
+        zorder=2 if first else 3,
+        capsize=2,
+    )

@@ -47,6 +47,7 @@ class Config:
     steps: Annotated[int, tyro.conf.arg(help="fine-tuning steps of each run")] = 300
     new_names: Annotated[int, tyro.conf.arg(help="names given a new fact")] = 100
     pretraining_steps: Annotated[int, tyro.conf.arg(help="at most so many")] = 3000
+    hidden_size: Annotated[int, tyro.conf.arg(help="of the model")] = 64
     seed: Annotated[int, tyro.conf.arg(help="of the world and of the model")] = 0
 
 
@@ -101,13 +102,13 @@ def train_step(params, state, facts, learning_rate, *, graphdef, alpha):
     return optax.apply_updates(params, updates), state, loss
 
 
-def pretrain(config: Config, old: jax.Array) -> tuple[Any, Any]:
-    """Trains a new model until it recalls every old fact."""
+def make_model(config: Config) -> tuple[Any, Any]:
+    """A small Llama that knows nothing yet."""
     model = Llama(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=192,
+            hidden_size=config.hidden_size,
+            intermediate_size=3 * config.hidden_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -116,7 +117,12 @@ def pretrain(config: Config, old: jax.Array) -> tuple[Any, Any]:
         ),
         rngs=nnx.Rngs(config.seed),
     )
-    graphdef, params = nnx.split(model, nnx.Param)
+    return nnx.split(model, nnx.Param)
+
+
+def pretrain(config: Config, old: jax.Array) -> tuple[Any, Any]:
+    """Trains a new model until it recalls every old fact."""
+    graphdef, params = make_model(config)
     step = functools.partial(train_step, graphdef=graphdef, alpha=None)
     state = make_optimizer(None, 0.0).init(params)
     bar = tqdm(

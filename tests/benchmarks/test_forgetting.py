@@ -38,6 +38,7 @@ def made_up(seeds=3):
                         "point": point,
                         "seed": seed,
                         "after": after,
+                        "workers": 1,
                         "seconds": 2.0 if name == "adamw" else 3.0,
                         "device": "abacus",
                         "versions": {"jax": "1"},
@@ -52,32 +53,30 @@ def made_up(seeds=3):
         "batch_size": 2,
         "max_length": 16,
         "eval_records": 7,
+        "rate_scale": 1.0,
     }
-    before = {"eval_loss": 9.0, "retain_loss": 2.0}
+    before = {"eval_loss": 9.0, "retain_loss": 2.0, "kl": 0.0}
     return {"settings": settings, "pretrained": before, "runs": runs}
 
 
 def test_matched_losses():
-    rows = forgetting_report.matched(made_up(), "retain_loss")
-    assert {row["method"] for row in rows} == {"adamw", "mofo"}  # HFT is elsewhere
-    losses = sorted({row["loss"] for row in rows})
-    np.testing.assert_allclose(losses, [2.125, 2.35, 2.575])
-    for row in rows:
-        shift = SHIFTS[row["method"]]
-        low, high = row["interval"]
-        assert low <= row["mean"] <= high and row["seeds"] == 3
-        assert row["mean"] == pytest.approx(
-            2 + (3 - row["loss"]) ** 2 / 4 + shift, abs=0.03
-        )
-        # The seeds' offsets are common to both, so that the gap has none.
-        assert row["gap"] == pytest.approx(shift, abs=1e-9)
-        assert row["gap_interval"] == pytest.approx((shift, shift), abs=1e-9)
+    found = forgetting_report.matched(made_up(), "retain_loss")
+    np.testing.assert_allclose(list(found), [2.125, 2.35, 2.575])
+    for loss, rows in found.items():
+        assert rows.keys() == {"adamw", "mofo"}  # HFT is elsewhere
+        for name, row in rows.items():
+            shift = SHIFTS[name]
+            mean = 2 + (3 - loss) ** 2 / 4 + shift
+            assert row["mean"] == pytest.approx(mean, abs=0.03) and row["seeds"] == 3
+            # The seeds' offsets are common to both, so that the gap has none.
+            assert row["gap"] == pytest.approx(shift, abs=1e-9)
+            assert row["interval"] == pytest.approx((shift, shift), abs=1e-9)
 
 
 def test_a_convex_curve_between_its_points():
     """Nearer to the curve than its chord is."""
     x = np.array([1.0, 1.5, 2.0, 2.5])
-    curve = np.stack([x, (3 - x) ** 2], axis=1)[None]
+    curve = [np.stack([x, (3 - x) ** 2], axis=1)]
     found = matched.at(curve, 1.75)[0]
     exact, chord = 1.25**2, (1.5**2 + 1) / 2
     assert abs(found - exact) < abs(chord - exact) / 2
@@ -97,7 +96,7 @@ def test_incomplete_seeds_have_no_curve():
         "hft": 2,
     }
     rows = forgetting_report.matched(results, "kl")
-    assert {row["seeds"] for row in rows if row["method"] == "mofo"} == {2}
+    assert {found["mofo"]["seeds"] for found in rows.values()} == {2}
 
 
 def test_intervals_cover_the_mean():
@@ -114,13 +113,15 @@ def test_report_and_plot(tmp_path):
     text = forgetting_report.report(results)
     assert "42 runs, up to 3 seeds" in text
     rows = text.splitlines()
-    row = next(x for x in rows if x.startswith("| 2.350 | MoFO"))
-    assert row.split("|")[-3].strip() == "-0.100"
+    row = next(x for x in rows if x.startswith("| MoFO 10%"))
+    assert [x.strip() for x in row.split("|")[6:8]] == ["-0.100", "-0.100 to -0.100"]
     row = next(x for x in rows if x.startswith("| MoFO 10% | learning rate 0.0006"))
     assert row.split("|")[-2].strip() == "1.50"
+    one_rate = text[text.index("## At one") : text.index("## Every")]
+    assert one_rate.count("learning rate 0.0024") == 3
     one = forgetting_report.report(made_up(seeds=1)).splitlines()
-    row = next(x for x in one if x.startswith("| 2.350 | MoFO"))
-    assert [x.strip() for x in row.split("|")[3:8:2]] == ["1", "", ""]
+    row = next(x for x in one if x.startswith("| MoFO 10%"))
+    assert [x.strip() for x in row.split("|")[6:8]] == ["-0.100", ""]
     forgetting_report.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -198,3 +199,15 @@ def test_bad_arguments(tmp_path):
         ValueError, match=r"--model: .*no stories260K.bin in --data-dir"
     ):
         args.paths()
+
+
+def test_frontier():
+    """What learns less and forgets more than another point is on none."""
+    points = [(3.0, 1.0), (2.0, 1.5), (2.5, 1.2), (2.1, 1.6), (2.6, 1.2)]
+    kept = [(2.0, 1.5), (2.5, 1.2), (3.0, 1.0)]
+    assert matched.frontier(points, rising=False).tolist() == [list(p) for p in kept]
+    kept_facts = [(-3.0, 0.9), (-2.0, 0.95), (-1.0, 0.95)]
+    points = [(-3.0, 0.9), (-2.0, 0.95), (-1.0, 0.8)]
+    found = matched.frontier(points, rising=True)
+    assert found.tolist() == [list(p) for p in kept_facts]
+    assert matched.at([found], -1.5) == [0.95] and np.isnan(matched.at([found], 0.0))

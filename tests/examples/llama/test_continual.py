@@ -120,6 +120,45 @@ def test_answers(world):
         assert text == tokenizer.decode(ids[: ends[0]] if ends else ids)
 
 
+def write_real_tasks(root, data):
+    """Sums worked out, and stories told on: a hundred records of each."""
+    lines = (data / "gsm8k_train.jsonl").read_text().splitlines()[:100]
+    pairs = [json.loads(line) for line in lines]
+    sums = [{"prompt": x["question"][-80:], "answer": x["answer"]} for x in pairs]
+    text = (data / "tinystories_excerpt.txt").read_text()
+    starts = range(0, 100 * 240, 240)
+    stories = [
+        {"prompt": text[i : i + 80], "answer": text[i + 80 : i + 240]} for i in starts
+    ]
+    for name, records in (("sums", sums), ("stories", stories)):
+        (root / name).mkdir()
+        parts = {"train": records[:80], "eval": records[80:84], "test": records[84:]}
+        for file, part in parts.items():
+            (root / name / f"{file}.json").write_text(json.dumps(part))
+    return root / "sums", root / "stories"
+
+
+def test_real_tasks(data_dir, tmp_path):
+    """The pretrained model, which tells stories and has never seen a sum."""
+    args = Args(
+        output=tmp_path / "run",
+        tasks=write_real_tasks(tmp_path, data_dir),
+        task_epochs=(6.0, 2.0),
+        metrics=("edit_similarity",),
+        max_new_tokens=40,
+    )
+    flags = [f"--model={data_dir / 'stories260K.bin'}", "--method=mofo"]
+    flags += [f"--tokenizer={data_dir / 'tok512.bin'}", "--max-length=160"]
+    flags += ["--learning-rate=2e-3", "--batch-size=8", "--samples=0", "--mesh=fsdp=1"]
+    results = run(args, flags, progress=False)
+    before, (first, second) = results["before"], results["scores"]
+    assert first[0] > before[0] + 0.5
+    assert all(0 <= x <= 100 for x in (*before, *first, *second))
+    assert results["bwt"] == pytest.approx(second[0] - first[0])
+    assert results["fwt"] == pytest.approx(first[1] - before[1])
+    assert results["op"] == pytest.approx(np.mean(second))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
 def test_goes_on_after_a_kill(world, plain, tmp_path, inside):

@@ -1,0 +1,209 @@
+"""When MoFO keeps more than AdamW at the same loss: the quickstart's facts, varied.
+
+python -m benchmarks.facts --output docs/results/facts.json
+
+Teaches the quickstart's small Llama new facts and counts the old ones that it keeps:
+with other alphas, blocks and scores, masks that persist, schedules of alpha, noisier
+batches, more steps, larger tasks and models, each along its learning rates and with
+several seeds, which also make the facts. Writes every number as JSON after every run,
+and beside it a table and a plot at matched losses. Started again, it goes on.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from tqdm import tqdm
+
+from benchmarks.facts_report import plot, report
+from benchmarks.facts_variants import VARIANTS, Context, Variant
+from benchmarks.suites import check_name
+from examples import quickstart, terminal
+from examples.files import write_json
+from examples.llama.log import environment
+from mofo_jax import distance
+from mofo_jax.continual import interpolate
+
+FISHER_PROMPTS = 300
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    output: Path
+    """The JSON file to write; table and plot go beside it, ending in .md and .png."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Names among those of benchmarks/facts_variants.py."""
+    seeds: int = 3
+    """Worlds of facts, with a model each."""
+
+
+def measure(args: Args) -> dict[str, Any]:
+    """Trains what `args.output` does not hold yet, and writes that after every run.
+
+    Returns:
+      "runs", a list of the variant, its rate and seed, the "loss" on the new facts, the
+      shares of "new_facts" and "old_facts" recalled, "kl" from the pretrained model on
+      the old facts in nats, "distance" and "touched"; and the device and versions.
+
+    Raises:
+      ValueError: An unknown variant.
+    """
+    for name in args.variants:
+        check_name("variants", name, VARIANTS)
+    results: dict[str, Any] = {"runs": []}
+    if args.output.exists():
+        results = json.loads(args.output.read_text())
+    done = {(run["variant"], run["rate"], run["seed"]) for run in results["runs"]}
+    wanted = [
+        (name, rate, seed)
+        for seed in range(args.seeds)
+        for name in args.variants
+        for rate in VARIANTS[name].rates
+    ]
+    missing = [run for run in wanted if run not in done]
+    start = len(wanted) - len(missing)
+    models: dict[Any, Any] = {}
+    with tqdm(total=len(wanted), initial=start, **terminal.bar_style()) as bar:
+        for name, rate, seed in missing:
+            variant = VARIANTS[name]
+            world = quickstart.Config(
+                seed=seed,
+                new_names=variant.new_facts,
+                hidden_size=variant.hidden_size,
+                pretraining_steps=6000,
+            )
+            if world not in models:
+                models.clear()  # seeds come one after another, and sizes are few
+                old, new = quickstart.make_world(seed, variant.new_facts)
+                models[world] = old, new, *quickstart.pretrain(world, old)
+            found = run_one(variant, rate, seed, *models[world])
+            results["runs"].append(
+                {"variant": name, "rate": rate, "seed": seed} | found
+            )
+            results |= environment()
+            write_json(args.output, results)
+            bar.set_description(f"{name} {rate} seed {seed}")
+            bar.set_postfix_str(
+                f"loss {found['loss']:.3f}, kept {found['old_facts']:.0%}",
+                refresh=False,
+            )
+            bar.update()
+    return results
+
+
+def run_one(
+    variant: Variant,
+    rate: float,
+    seed: int,
+    old: jax.Array,
+    new: jax.Array,
+    graphdef: Any,
+    pretrained: Any,
+) -> dict[str, float]:
+    """Fine-tunes by a variant and measures what the model then knows."""
+    key = jax.random.key(seed)
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes
+        params = _fine_tune(key, rate, old, new, pretrained, graphdef, variant)
+    if variant.interpolate is not None:
+        params = interpolate(pretrained, params, variant.interpolate)
+    before = quickstart.value_logits(graphdef, pretrained, old)
+    after = quickstart.value_logits(graphdef, params, old)
+    changed = jax.tree.map(lambda x, y: jnp.sum(x != y), params, pretrained)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    return {
+        "loss": float(quickstart.loss_fn(params, graphdef, new)),
+        "new_facts": float(quickstart.recall(params, graphdef, new)),
+        "old_facts": float(quickstart.recall(params, graphdef, old)),
+        "kl": float(_kl(before, after)),
+        "distance": float(distance(params, pretrained)),
+        "touched": sum(map(int, jax.tree.leaves(changed))) / size,
+    }
+
+
+@jax.jit(static_argnames=("graphdef", "variant"))
+def _fine_tune(
+    key: jax.Array,
+    rate: jax.Array,
+    old: jax.Array,
+    new: jax.Array,
+    pretrained: Any,
+    graphdef: Any,
+    variant: Variant,
+) -> Any:
+    # Of the old facts only the prompts are used: the answers are the model's own.
+    own = quickstart.value_logits(graphdef, pretrained, old)
+    importance = None
+    if variant.importance:
+        importance = _fisher(key, pretrained, graphdef, old, own)
+    schedule = optax.linear_schedule(1.0, 0.0, variant.steps)
+    context = Context(rate, schedule, pretrained, importance)
+    optimizer = variant.optimizer(context)
+
+    def loss_fn(params: Any, facts: jax.Array, rows: jax.Array) -> jax.Array:
+        loss = quickstart.loss_fn(params, graphdef, facts)
+        if variant.self_replay:
+            now = quickstart.value_logits(graphdef, params, old[rows])
+            loss += variant.self_replay * _kl(own[rows], now)
+        return loss
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        facts, keys = new, jax.random.split(key)
+        if variant.batch_size:
+            chosen = jax.random.choice(
+                keys[0], len(new), (variant.batch_size,), replace=False
+            )
+            facts = new[chosen]
+        rows = jax.random.randint(keys[1], (len(new),), 0, len(old))
+        gradients = jax.grad(loss_fn)(params, facts, rows)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = pretrained, optimizer.init(pretrained)
+    (params, _), _ = jax.lax.scan(step, start, jax.random.split(key, variant.steps))
+    return params
+
+
+def _kl(before: jax.Array, after: jax.Array) -> jax.Array:
+    p, q = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
+    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+
+
+def _fisher(key: Any, params: Any, graphdef: Any, old: Any, own: jax.Array) -> Any:
+    """Mean squared gradient of the log-likelihood of answers that the model draws."""
+    rows, answers = jax.random.split(key)
+    chosen = jax.random.choice(rows, len(old), (FISHER_PROMPTS,), replace=False)
+    drawn = jax.random.categorical(answers, own[chosen])
+    facts = old[chosen].at[:, -1].set(drawn)
+
+    def add(total: Any, fact: jax.Array) -> Any:
+        gradients = jax.grad(quickstart.loss_fn)(params, graphdef, fact[None])
+        return jax.tree.map(lambda s, g: s + g**2 / len(facts), total, gradients), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), facts)
+    return total
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; errors end it as they end examples.llama.train."""
+    program = "python -m benchmarks.facts"
+    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("facts"):
+        if args.output.suffix != ".json":
+            raise ValueError(f"output must end in .json, got {args.output}")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        results = measure(args)
+        text = report(results)
+        args.output.with_suffix(".md").write_text(text)
+        plot(results, args.output.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The variants of benchmarks/facts.py against AdamW on the same task."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.facts_variants import VARIANTS
+from benchmarks.matched import Curve, compare, frontier, table
+from examples.llama.report_plots import BLUE, INK, ORANGE, STYLE
+
+LOSSES = (0.1, 0.03, 0.01)  # of the new facts, in nats
+SHOWN = 0.03  # in the plot
+# What is measured: heading, how many times to multiply it, and the form of a number.
+MEASURES = {
+    "old_facts": ("old facts recalled, %", 100, ".1f"),
+    "kl": ("KL from the pretrained model, nats", 1, ".3f"),
+}
+
+Results = dict[str, Any]
+
+
+def curve(results: Results, name: str, measure: str) -> Curve:
+    """Of the seeds that have all points, over the logarithm of the loss."""
+    rates = VARIANTS[name].rates
+    of_seeds: dict[int, list[Any]] = {}
+    for run in results["runs"]:
+        if run["variant"] == name and run["rate"] in rates:
+            of_seeds.setdefault(run["seed"], []).append(run)
+    _, factor, _ = MEASURES[measure]
+    return [
+        frontier(
+            [(float(np.log(run["loss"])), factor * run[measure]) for run in runs],
+            rising=measure == "old_facts",
+        )
+        for _, runs in sorted(of_seeds.items())
+        if len(runs) == len(rates)
+    ]
+
+
+def gaps(results: Results, measure: str, loss: float) -> dict[str, dict[str, Any]]:
+    """Each variant that reaches the loss, against AdamW on the same task."""
+    curves = {name: curve(results, name, measure) for name in VARIANTS}
+    curves = {name: seeds for name, seeds in curves.items() if seeds}
+    base = {name: f"adamw, {VARIANTS[name].group or 'usual'}" for name in curves}
+    return compare(curves, base, float(np.log(loss)))
+
+
+def report(results: Results) -> str:
+    """Markdown: for each measure and loss, every variant beside AdamW."""
+    seeds = len({run["seed"] for run in results["runs"]})
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    lines = [
+        "# Variants of MoFO on the quickstart's facts, at matched losses",
+        "",
+        f"{len(results['runs'])} runs, up to {seeds} seeds (worlds of facts, with a "
+        f"model each); {versions}, on {results['device']}. Written by "
+        "`python -m benchmarks.facts`. The usual task: 100 new facts, all in each "
+        "batch, 300 steps. Interpolated along each variant's learning rates, seed by "
+        "seed. The gap is to AdamW on the same task, with its 95% bootstrap interval "
+        "over seeds; empty where a variant's learning rates do not reach the loss.",
+        "",
+    ]
+    titles = {
+        name: (variant.group or "usual", variant.title)
+        for name, variant in VARIANTS.items()
+    }
+    for measure, (title, _, form) in MEASURES.items():
+        found = {loss: gaps(results, measure, loss) for loss in LOSSES}
+        lines += [
+            f"## {title[0].upper()}{title[1:]}, by the loss on the new facts",
+            "",
+            *table(("task", "variant"), titles, found, form),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def plot(results: Results, image: Path) -> None:
+    """The gaps to AdamW in the old facts recalled, a row a variant."""
+    found = gaps(results, "old_facts", SHOWN)
+    rows = [(VARIANTS[name], row) for name, row in found.items()]
+    rows = [(variant, row) for variant, row in rows if variant.title != "AdamW"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(
+            figsize=(7, 1.2 + 0.24 * max(1, len(rows))), layout="constrained"
+        )
+        ax = figure.subplots()
+        titles = []
+        for y, (variant, row) in enumerate(reversed(rows)):
+            low, high = np.nan_to_num(row["interval"], nan=row["gap"])
+            kinds = {"MoFO": ORANGE, "gradient": INK}
+            colour = kinds.get(variant.title.split(" ")[0].rstrip(","), BLUE)
+            ax.plot([low, high], [y, y], color=colour, linewidth=1.5)
+            ax.plot(row["gap"], y, marker="o", markersize=4, color=colour)
+            task = f" ({variant.group})" if variant.group else ""
+            titles.append(variant.title + task)
+        ax.set_yticks(range(len(rows)), titles, fontsize=8)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_xlabel(
+            f"old facts kept more than by AdamW, at a loss of {SHOWN} on the new ones "
+            "(percentage points)"
+        )
+        ax.grid(axis="x")
+        figure.savefig(image, dpi=150)
