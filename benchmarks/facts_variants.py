@@ -132,55 +132,28 @@ def sticky(bonus: float) -> Any:
     return score
 
 
-def important(weight: Callable[[Any, jax.Array], jax.Array]) -> Any:
-    """Momenta times a function of each tensor's importance and pretrained values."""
+def spared(context: Context) -> Any:
+    """Momenta count less, the larger the Fisher information is beside its mean."""
 
-    def score(context: Context) -> Any:
-        def rule(gradients: Any, updates: Any, state: Any, params: Any) -> Any:
-            momenta = optax.tree.get(state, "mu")
-            if context.importance is None:
-                return jax.tree.map(
-                    lambda m, p: m * weight(None, p), momenta, context.pretrained
-                )
-            return jax.tree.map(
-                lambda m, f, p: m * weight(f, p),
-                momenta,
-                context.importance,
-                context.pretrained,
-            )
-
-        return rule
-
-    return score
-
-
-def _spared(f: jax.Array, _: jax.Array) -> jax.Array:
-    """Less, the larger the Fisher information is beside its tensor's mean."""
-    return 1 / jnp.sqrt(f / (jnp.mean(f) + 1e-30) + 0.01)
-
-
-def _small(_: Any, p: jax.Array) -> jax.Array:
-    return 1 / (jnp.abs(p) + 0.1 * jnp.mean(jnp.abs(p)))
-
-
-def _large(_: Any, p: jax.Array) -> jax.Array:
-    return jnp.abs(p)
-
-
-def damped(alpha: float | None) -> Any:
-    """Updates divided by 1 + the relative Fisher information, of AdamW or of MoFO."""
-
-    def optimizer(context: Context) -> optax.GradientTransformation:
-        scale = jax.tree.map(
-            lambda f: 1 / (1 + f / (jnp.mean(f) + 1e-30)), context.importance
+    def rule(gradients: Any, updates: Any, state: Any, params: Any) -> Any:
+        return jax.tree.map(
+            lambda m, f: m / jnp.sqrt(f / (jnp.mean(f) + 1e-30) + 0.01),
+            optax.tree.get(state, "mu"),
+            context.importance,
         )
-        plain = adamw if alpha is None else filtered(alpha)
-        damping = optax.stateless(
-            lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)
-        )
-        return optax.chain(plain(context), damping)
 
-    return optimizer
+    return rule
+
+
+def damped(context: Context) -> optax.GradientTransformation:
+    """AdamW's updates, divided by 1 + the relative Fisher information."""
+    scale = jax.tree.map(
+        lambda f: 1 / (1 + f / (jnp.mean(f) + 1e-30)), context.importance
+    )
+    damping = optax.stateless(
+        lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)
+    )
+    return optax.chain(adamw(context), damping)
 
 
 def penalized(
@@ -275,7 +248,6 @@ VARIANTS: dict[str, Variant] = {
         LARGER,
     ),
     "gradient 3%": Variant("gradient filter 3%", scored("gradient", 0.03), LARGEST),
-    "gradient 30%": Variant("gradient filter 30%", scored("gradient", 0.3), USUAL),
     "mv": _scored("MV filter 10%", "update"),
     "random": _scored("random filter 10%", "random", LARGEST),
     "hft": Variant("HFT", half, LARGER),
@@ -291,16 +263,10 @@ VARIANTS: dict[str, Variant] = {
     ),
     "slow": Variant("MoFO, mask renewed every 30 steps", persistent(30), LARGER),
     "sticky": _scored("MoFO, entries moved before x 4", sticky(4.0)),
-    "fresh": _scored("MoFO, entries moved before x 1/4", sticky(0.25)),
     "spared": _scored(
-        "by momentum over sqrt of Fisher", important(_spared), LARGEST, importance=True
+        "by momentum over sqrt of Fisher", spared, LARGEST, importance=True
     ),
-    "small": _scored("by momentum over weight", important(_small)),
-    "large": _scored("by momentum times weight", important(_large)),
-    "damped": Variant("AdamW damped by Fisher", damped(None), LARGER, importance=True),
-    "damped mofo": Variant(
-        "MoFO 10% damped by Fisher", damped(0.1), LARGEST, importance=True
-    ),
+    "damped": Variant("AdamW damped by Fisher", damped, LARGER, importance=True),
     "l2": Variant("AdamW, L2", penalized(adamw, 4e-4), L2),
     "l2 mofo": Variant("MoFO 10%, L2", penalized(filtered(), 1.1e-3), L2),
     "ewc": Variant("AdamW, EWC", penalized(adamw, 4e-4), EWC, importance=True),
@@ -317,13 +283,6 @@ VARIANTS: dict[str, Variant] = {
     "wise-ft mofo": Variant("MoFO, Wise-FT 0.7", filtered(), LARGEST, interpolate=0.7),
     "self": Variant("AdamW, self-replay", adamw, USUAL, self_replay=1.0),
     "self mofo": Variant("MoFO, self-replay", filtered(), LARGER, self_replay=1.0),
-    "self spared": _scored(
-        "by momentum over sqrt of Fisher, self-replay",
-        important(_spared),
-        LARGEST,
-        importance=True,
-        self_replay=1.0,
-    ),
     **_task("batches of 10", batch_size=10),
     **_task("100 steps", 2.0, steps=100),
     **_task("1000 steps", 0.5, steps=1000),
