@@ -9,7 +9,9 @@ examples.llama.train. The same command again, after it was stopped or killed, go
 """
 
 import dataclasses
+import itertools
 import json
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -68,6 +70,10 @@ class Args:
     sari; TRACE has its own."""
     replay_earlier: float = 0.0
     """Share of each earlier task's records to see again, 0.1 say."""
+    ewc_earlier: float = 0.0
+    """Strength of a penalty on the distance from the model that a task begins with,
+    weighted by the Fisher information of all earlier tasks' records (EWC); TRACE's own
+    code has 400."""
     gem_earlier: bool = False
     """Hold every step back from what raises an earlier task's loss (GEM)."""
     test_records: int | None = None
@@ -112,6 +118,8 @@ def tasks_of(args: Args) -> list[Task]:
         raise ValueError(f"task_epochs must be above 0, got {epochs}")
     if not 0 <= args.replay_earlier <= 1:
         raise ValueError(f"replay_earlier must be 0 to 1, got {args.replay_earlier}")
+    if not 0 <= args.ewc_earlier < math.inf:
+        raise ValueError(f"ewc_earlier must be 0 or above, got {args.ewc_earlier}")
     missing = [p / f for p in paths for f in FILES if not (p / f).is_file()]
     if missing:
         names = ", ".join(sorted({path.parent.name for path in missing}))
@@ -244,6 +252,11 @@ def _config(args: Args, flags: Sequence[str], tasks: list[Task], t: int) -> Conf
     if args.gem_earlier:
         earlier = [str(other.path / "train.json") for other in tasks[:t]]
         changes["gem"] = (*config.gem, *earlier)
+    if args.ewc_earlier and t:
+        if config.fisher_data:
+            raise ValueError("ewc_earlier gives --fisher-data; leave that out")
+        changes["regularize"] = (*config.regularize, f"ewc:{args.ewc_earlier}")
+        changes["fisher_data"] = str(_all_earlier(args, tasks[:t]))
     if args.replay_earlier and t:
         own_count = len(_records(task, "train.json"))
         replay = list(config.replay)
@@ -269,13 +282,27 @@ def _share(args: Args, task: Task, seed: int) -> tuple[Path, int]:
     path = args.output / "replay" / f"{task.name}.jsonl"
     if not path.exists():
         chosen = sorted(random.Random(seed).sample(range(len(records)), count))
-        lines = []
-        for i in chosen:
-            messages = [message._asdict() for message in records[i].content]
-            lines.append(json.dumps({"messages": messages}))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, ("\n".join(lines) + "\n").encode())
+        _write(path, [records[i] for i in chosen])
     return path, count
+
+
+def _all_earlier(args: Args, earlier: list[Task]) -> Path:
+    """A file of earlier tasks' records in turns, as the Fisher takes the first ones."""
+    path = args.output / "earlier" / f"{len(earlier)}.jsonl"
+    if not path.exists():
+        of_tasks = (_records(task, "train.json") for task in earlier)
+        turns = itertools.chain(*itertools.zip_longest(*of_tasks))
+        _write(path, [record for record in turns if record is not None])
+    return path
+
+
+def _write(path: Path, records: list[Record]) -> None:
+    lines = []
+    for record in records:
+        messages = [message._asdict() for message in record.content]
+        lines.append(json.dumps({"messages": messages}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def _scores(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,23 @@ def test_gem_and_seeds_of_each_task(world, tmp_path):
     assert first.epochs == 20 and second.eval_data == str(world[0] / "second/eval.json")
 
 
+def test_ewc_on_what_all_earlier_tasks_need(world, tmp_path):
+    tasks = (world[0] / "first", world[0] / "second", world[0] / "third")
+    shutil.copytree(tasks[0], tasks[2], dirs_exist_ok=True)
+    args = args_of(world, tmp_path, ewc_earlier=400.0)
+    args = dataclasses.replace(args, tasks=tasks)
+    flags, tasks = [*flags_of(world), "--regularize=l2:0.1"], tasks_of(args)
+    first, _, third = (continual._config(args, flags, tasks, t) for t in range(3))
+    assert first.regularize == ("l2:0.1",) and first.fisher_data is None
+    assert third.regularize == ("l2:0.1", "ewc:400.0")
+    records = read_records(third.fisher_data).records
+    assert len(records) == 48
+    answers = [record.content[-1].content for record in records]
+    assert answers[:4] == ["x", "yy", "x", "yy"]
+    with pytest.raises(ValueError, match="ewc_earlier gives --fisher-data"):
+        continual._config(args, [*flags, "--fisher-data=self"], tasks, 1)
+
+
 def test_answers(world):
     """Batched, padded and sorted, they are those that each question gets alone."""
     model, tokenizer = load_model(world[1]), load_tokenizer(world[1])
@@ -196,6 +214,7 @@ BAD = [
     ({"task_epochs": (0.0,)}, "task_epochs must be above 0"),
     ({"metrics": ("bleu",)}, "metrics must be among exact_match, "),
     ({"replay_earlier": 2.0}, "replay_earlier must be 0 to 1, got 2.0"),
+    ({"ewc_earlier": -1.0}, "ewc_earlier must be 0 or above, got -1.0"),
 ]
 
 
