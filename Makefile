@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow parity lint format clean
+.PHONY: quickstart test test-slow test-oldest parity docs lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,16 @@ test-slow: $(VENV)/installed
 
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest tests/parity
+
+# The library with the oldest versions that pyproject.toml allows.
+test-oldest:
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e '.[examples,dev]' -c tests/oldest.txt
+	build/oldest/bin/python -m pytest -n auto tests/mofo_jax mofo_jax
+
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [line(rows[0]), rule, *map(line, rows[1:])]
     repeats = results["settings"]["repeats"]
     head = [
+        "# What a step costs beside AdamW's",
+        "",
         f"{results['device']}, jax {results['versions']['jax']}. Ratios of whole "
         "jitted, donated steps, mofo / optax.adamw, alpha 10%, float32: the median of "
         f"{repeats} pairs in turns.",
