@@ -17,4 +17,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=50, derandomize=True
 )
+# With --hypothesis-profile=long, to look for what nobody has found yet.
+hypothesis.settings.register_profile("long", deadline=None, max_examples=3000)
 hypothesis.settings.load_profile("default")

@@ -76,8 +76,9 @@ class LlamaConfig:
                     f"where head_dim is None, got {self.hidden_size}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be positive and even, got {self.head_dim}")
+        size = self.head_dim
+        if not isinstance(size, int) or size < 2 or size % 2:
+            raise ValueError(f"head_dim must be positive and even, got {size!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
