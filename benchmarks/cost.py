@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,22 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import cost_report
+from benchmarks.cost_others import others
 from benchmarks.inspection import passes_taken
+from benchmarks.turns import (
+    GRADIENTS,
+    WARMUP,
+    Shapes,
+    prepare,
+    ratios,
+    step_of,
+    take_turns,
+    time_in_turns,
+)
 from examples import terminal
 from examples.files import write_json
-from examples.llama.train import environment
-from mofo_jax import mofo, top_fraction_mask
-
-Shapes = dict[str, tuple[int, ...]]
+from examples.llama.log import environment
+from mofo_jax import mofo
 
 
 def llama(layers: int, width: int, hidden: int, vocabulary: int) -> Shapes:
@@ -53,24 +62,6 @@ TREES: dict[str, Shapes] = {
     "Llama of 134M": llama(12, 768, 2048, 32000),
 }
 LLAMA_2_7B = llama(32, 4096, 11008, 32000)
-# Gradients by step, from a fixed direction and fresh noise.
-GRADIENTS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
-    "ordinary": lambda step, fixed, noise: fixed + 3 * noise,
-    "scale jumps by 1e3": lambda step, fixed, noise: (
-        jnp.where(step % 2 == 0, 1.0, 1e3) * (fixed + 3 * noise)
-    ),
-    "all magnitudes equal": lambda step, fixed, noise: (
-        jnp.sign(fixed) * (1 + 0.1 * step.astype(jnp.float32))
-    ),
-    "99% exact zeros": lambda step, fixed, noise: (
-        (fixed + 3 * noise) * (jnp.abs(fixed) > 2.576)
-    ),
-    "bfloat16 moments": lambda step, fixed, noise: fixed + 3 * noise,
-}
-
-
-# The momentum grows from zero in the first steps, and the thresholds with it.
-WARMUP = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,99 +72,6 @@ class Args:
     """Measured steps of each optimizer, at least 15 for numbers to be quoted."""
     tiny: bool = False
     """Small shapes: to see that it runs."""
-
-
-def step_of(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, gradients: Any) -> Any:
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def mask_optimizer(
-    mask: Callable[[jax.Array], jax.Array],
-) -> optax.GradientTransformation:
-    """Adam with another way to select."""
-    adam = optax.scale_by_adam()
-
-    def update(gradients: Any, state: Any, params: Any = None) -> Any:
-        updates, state = adam.update(gradients, state, params)
-        keep = lambda u, m: jnp.where(mask(m), -1e-3 * u, 0)
-        return jax.tree.map(keep, updates, state.mu), state
-
-    return optax.GradientTransformation(adam.init, update)
-
-
-def by_full_sort(x: jax.Array) -> jax.Array:
-    """The mask, ties aside."""
-    magnitudes = jnp.abs(x)
-    return magnitudes >= jnp.sort(magnitudes.reshape(-1))[-max(1, x.size // 10)]
-
-
-def time_in_turns(
-    optimizers: dict[str, optax.GradientTransformation],
-    shapes: Shapes,
-    gradients: str,
-    repeats: int,
-) -> dict[str, list[float]]:
-    """Milliseconds of each step, all optimizers on the same gradients in turns."""
-    runs, inputs = prepare(optimizers, shapes, gradients, WARMUP + repeats)
-    return take_turns(runs, inputs, WARMUP)
-
-
-def prepare(
-    optimizers: dict[str, optax.GradientTransformation],
-    shapes: Shapes,
-    gradients: str,
-    steps: int,
-) -> tuple[dict[str, list[Any]], Iterable[Any]]:
-    """What :func:`take_turns` takes, and the gradients of so many steps."""
-    names = list(shapes)
-
-    def normal(seed: jax.Array) -> dict[str, jax.Array]:
-        keys = jax.random.split(jax.random.key(seed), len(names))
-        draws = zip(names, keys, strict=True)
-        return {name: jax.random.normal(key, shapes[name]) for name, key in draws}
-
-    fixed = jax.jit(normal)(0)
-
-    @jax.jit
-    def gradient(step: jax.Array) -> Any:
-        by_step = functools.partial(GRADIENTS[gradients], step)
-        return jax.tree.map(lambda f, n: 1e-3 * by_step(f, n), fixed, normal(step + 1))
-
-    runs = {}
-    for name, optimizer in optimizers.items():
-        params = jax.tree.map(jnp.zeros_like, fixed)
-        runs[name] = [step_of(optimizer), params, jax.jit(optimizer.init)(params)]
-    return runs, (gradient(jnp.int32(i)) for i in range(steps))
-
-
-def take_turns(
-    runs: dict[str, list[Any]], inputs: Iterable[Any], warmup: int
-) -> dict[str, list[float]]:
-    """Milliseconds of the steps of each run: ``[step, params, state]``."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for given in inputs:
-        jax.block_until_ready(given)
-        for name, run in runs.items():
-            step, params, state = run
-            start = time.perf_counter()
-            run[1:] = jax.block_until_ready(step(params, state, given))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: values[warmup:] for name, values in times.items()}
-
-
-def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and the median of the ratio to adamw's step of the same turn."""
-    result: dict[str, Any] = {}
-    for name, values in times.items():
-        pairs = zip(values, times["adamw"], strict=True)
-        ratio = statistics.median(value / base for value, base in pairs)
-        result[name] = {"ms": statistics.median(values), "ratio": ratio}
-    return result
 
 
 def steps(args: Args, tree: str, gradients: str) -> dict[str, Any]:
@@ -203,64 +101,9 @@ def passes(args: Args) -> dict[str, Any]:
     return {"mean": statistics.mean(counts[WARMUP:]), "most": max(counts[WARMUP:])}
 
 
-def others(args: Args) -> dict[str, Any]:
+def other_ways(args: Args) -> dict[str, Any]:
     """Other ways to the same update, on one leaf."""
-    top_k = functools.partial(top_fraction_mask, alpha=0.1, method="top_k")
-    optimizers = {
-        "adamw": optax.adamw(1e-3),
-        "mofo": mofo(1e-3),
-        "jax.lax.top_k's mask": mask_optimizer(top_k),
-        "a full sort": mask_optimizer(by_full_sort),
-        "mofo, scheduled alpha": mofo(1e-3, alpha=optax.linear_schedule(0.2, 0.1, 100)),
-        "mofo, injected hyperparameters": optax.inject_hyperparams(mofo)(1e-3),
-        "adamw, injected hyperparameters": optax.inject_hyperparams(optax.adamw)(1e-3),
-    }
-    shapes: Shapes = {"w": (64, 64) if args.tiny else (2048, 2048)}
-    result = ratios(time_in_turns(optimizers, shapes, "ordinary", args.repeats))
-    return result | _torch(shapes["w"], args.repeats, result["adamw"]["ms"])
-
-
-def _torch(shape: tuple[int, ...], repeats: int, base: float) -> dict[str, Any]:
-    """PyTorch's AdamW, and MoFO as its authors wrote it, where it is installed."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-    torch.set_num_threads(os.cpu_count() or 1)
-    fixed = torch.randn(shape)
-
-    def run(step: Callable[[], None], parameter: Any) -> dict[str, Any]:
-        times = []
-        for _ in range(5 + repeats):
-            parameter.grad = 1e-3 * (fixed + 3 * torch.randn(shape))
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        ms = statistics.median(times[5:])
-        return {"ms": ms, "ratio": ms / base}
-
-    def adamw(**kind: bool) -> dict[str, Any]:
-        parameter = torch.nn.Parameter(torch.zeros(shape))
-        return run(torch.optim.AdamW([parameter], **kind).step, parameter)
-
-    parameter = torch.nn.Parameter(torch.zeros(shape))
-    m, v = torch.zeros(shape), torch.zeros(shape)
-
-    @torch.no_grad()
-    def released() -> None:
-        m.mul_(0.9).add_(parameter.grad, alpha=0.1)
-        v.mul_(0.999).addcmul_(parameter.grad, parameter.grad, value=0.001)
-        magnitudes = m.abs()
-        k = int(0.1 * m.numel())
-        threshold = torch.topk(magnitudes.flatten(), k, sorted=False).values.min()
-        kept = torch.where(magnitudes >= threshold, m, 0)
-        parameter.addcdiv_(kept, v.sqrt().add_(1e-8), value=-1e-3)
-
-    return {
-        "torch fused AdamW": adamw(fused=True),
-        "torch foreach AdamW": adamw(foreach=True),
-        "torch.topk, as released": run(released, parameter),
-    }
+    return others({"w": (64, 64) if args.tiny else (2048, 2048)}, args.repeats)
 
 
 def compilation(args: Args) -> dict[str, Any]:
@@ -389,7 +232,7 @@ def sections() -> dict[str, Callable[[Args], dict[str, Any]]]:
         "communication": communication,
         **measured,
         "passes": passes,
-        "others": others,
+        "others": other_ways,
         "growth": growth,
         "fine-tuning": fine_tuning,
     }

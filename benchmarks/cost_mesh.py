@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.cost import GRADIENTS, llama, step_of
+from benchmarks.cost import llama
 from benchmarks.inspection import collectives, passes_taken
+from benchmarks.turns import GRADIENTS, step_of
 from mofo_jax import mofo
 
 TINY = "--tiny" in sys.argv

@@ -213,7 +213,7 @@ def _rows(leaf: jax.Array) -> int | None:
 
 USUAL = (1e-5, 2.5e-5, 6e-5, 1.5e-4, 4e-4)
 LARGER = (3e-5, 7e-5, 1.8e-4, 4.5e-4, 1.1e-3)
-L2, EWC = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1), (1.0, 10.0, 100.0, 1e3, 1e4)  # strengths
+L2, EWC = (1e-2, 1e-1, 0.3, 1.0, 3.0), (1.0, 10.0, 100.0, 1e3, 1e4)  # strengths
 LARGEST = (1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3)
 
 

@@ -71,13 +71,13 @@ METHODS = {
     "ewc": Method(
         "AdamW, EWC",
         FAST | {"fisher_data": "self"},
-        strengths("ewc", 0.03, 0.1, 0.3),
+        strengths("ewc", 0.03, 0.1, 0.3, 1),
         HELD,
     ),
     "ewc-mofo": Method(
         "MoFO 10%, EWC",
         FAST_MOFO | {"fisher_data": "self"},
-        strengths("ewc", 0.03, 0.1, 0.3),
+        strengths("ewc", 0.03, 0.1, 0.3, 1),
         HELD,
     ),
     "gem": Method(

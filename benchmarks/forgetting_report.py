@@ -16,7 +16,16 @@ from examples.llama.report_plots import BLUE, ORANGE, STYLE
 ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
 REFERENCES = {"adamw": BLUE, "mofo": ORANGE}  # in every panel of the plot
 # The rest of Okabe and Ito's palette.
-COLOURS = ("#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#f0e442")
+COLOURS = (
+    "#000000",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#7f7f7f",
+    "#999933",
+    "#882255",
+)
 MEASURES = {"retain_loss": "retained-text loss", "kl": "KL"}
 
 Results = dict[str, Any]

@@ -59,5 +59,5 @@ def test_readme_quotes_the_results():
 
 def test_docs_hold_the_table():
     docs = (ROOT / "docs" / "selection.md").read_text()
-    for line in RESULTS.with_suffix(".md").read_text().splitlines():
+    for line in RESULTS.with_suffix(".md").read_text().splitlines()[2:]:  # no title
         assert line in docs

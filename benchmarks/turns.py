@@ -1,0 +1,105 @@
+"""Optimizers' steps timed in turns: their ratios hold also where a machine is noisy."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Gradients by step, from a fixed direction and fresh noise.
+GRADIENTS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "ordinary": lambda step, fixed, noise: fixed + 3 * noise,
+    "scale jumps by 1e3": lambda step, fixed, noise: (
+        jnp.where(step % 2 == 0, 1.0, 1e3) * (fixed + 3 * noise)
+    ),
+    "all magnitudes equal": lambda step, fixed, noise: (
+        jnp.sign(fixed) * (1 + 0.1 * step.astype(jnp.float32))
+    ),
+    "99% exact zeros": lambda step, fixed, noise: (
+        (fixed + 3 * noise) * (jnp.abs(fixed) > 2.576)
+    ),
+    "bfloat16 moments": lambda step, fixed, noise: fixed + 3 * noise,
+}
+
+
+# The momentum grows from zero in the first steps, and the thresholds with it.
+WARMUP = 15
+
+
+def step_of(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def time_in_turns(
+    optimizers: dict[str, optax.GradientTransformation],
+    shapes: Shapes,
+    gradients: str,
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Milliseconds of each step, all optimizers on the same gradients in turns."""
+    runs, inputs = prepare(optimizers, shapes, gradients, WARMUP + repeats)
+    return take_turns(runs, inputs, WARMUP)
+
+
+def prepare(
+    optimizers: dict[str, optax.GradientTransformation],
+    shapes: Shapes,
+    gradients: str,
+    steps: int,
+) -> tuple[dict[str, list[Any]], Iterable[Any]]:
+    """What :func:`take_turns` takes, and the gradients of so many steps."""
+    names = list(shapes)
+
+    def normal(seed: jax.Array) -> dict[str, jax.Array]:
+        keys = jax.random.split(jax.random.key(seed), len(names))
+        draws = zip(names, keys, strict=True)
+        return {name: jax.random.normal(key, shapes[name]) for name, key in draws}
+
+    fixed = jax.jit(normal)(0)
+
+    @jax.jit
+    def gradient(step: jax.Array) -> Any:
+        by_step = functools.partial(GRADIENTS[gradients], step)
+        return jax.tree.map(lambda f, n: 1e-3 * by_step(f, n), fixed, normal(step + 1))
+
+    runs = {}
+    for name, optimizer in optimizers.items():
+        params = jax.tree.map(jnp.zeros_like, fixed)
+        runs[name] = [step_of(optimizer), params, jax.jit(optimizer.init)(params)]
+    return runs, (gradient(jnp.int32(i)) for i in range(steps))
+
+
+def take_turns(
+    runs: dict[str, list[Any]], inputs: Iterable[Any], warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of the steps of each run: ``[step, params, state]``."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for given in inputs:
+        jax.block_until_ready(given)
+        for name, run in runs.items():
+            step, params, state = run
+            start = time.perf_counter()
+            run[1:] = jax.block_until_ready(step(params, state, given))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: values[warmup:] for name, values in times.items()}
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and the median of the ratio to adamw's step of the same turn."""
+    result: dict[str, Any] = {}
+    for name, values in times.items():
+        pairs = zip(values, times["adamw"], strict=True)
+        ratio = statistics.median(value / base for value, base in pairs)
+        result[name] = {"ms": statistics.median(values), "ratio": ratio}
+    return result

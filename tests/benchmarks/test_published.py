@@ -1,0 +1,49 @@
+"""The documents quote the results' files, and these are complete."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import facts_report, forgetting_report
+from benchmarks.facts_variants import VARIANTS
+from benchmarks.forgetting_methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs/results"
+REPORTS = {
+    "forgetting_stories260k": forgetting_report.report,
+    "facts": facts_report.report,
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_tables_are_of_the_numbers(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert (RESULTS / f"{name}.md").read_text() == REPORTS[name](results)
+    assert (RESULTS / f"{name}.png").exists()
+
+
+def test_every_method_has_three_seeds():
+    results = json.loads((RESULTS / "forgetting_stories260k.json").read_text())
+    found = forgetting_report.measured(results, "kl")
+    assert {name: len(found[name]) for name in METHODS} == dict.fromkeys(METHODS, 3)
+
+
+def test_every_variant_was_run():
+    results = json.loads((RESULTS / "facts.json").read_text())
+    seeds = {name: len(facts_report.curve(results, name, "kl")) for name in VARIANTS}
+    assert min(seeds.values()) >= 1
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/forgetting.md"])
+def test_rows_are_quoted_as_they_are(document):
+    lines = set()
+    for name in REPORTS:
+        lines |= set((RESULTS / f"{name}.md").read_text().splitlines())
+    tables = (ROOT / document).read_text().split("\n\n")
+    tables = [table.splitlines() for table in tables if table.startswith("|")]
+    quoted = [table for table in tables if table[0] in lines]
+    assert quoted
+    for table in quoted:
+        assert len(table) > 3 and set(table) <= lines
