@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.facts_variants import VARIANTS
@@ -12,7 +13,7 @@ from benchmarks.matched import Curve, compare, frontier, table
 from examples.llama.report_plots import BLUE, INK, ORANGE, STYLE
 
 LOSSES = (0.1, 0.03, 0.01)  # of the new facts, in nats
-SHOWN = 0.03  # in the plot
+SHOWN = (0.03, 0.01)  # in the plot
 # What is measured: heading, how many times to multiply it, and the form of a number.
 MEASURES = {
     "old_facts": ("old facts recalled, %", 100, ".1f"),
@@ -80,28 +81,40 @@ def report(results: Results) -> str:
 
 def plot(results: Results, image: Path) -> None:
     """The gaps to AdamW in the old facts recalled, a row a variant."""
-    found = gaps(results, "old_facts", SHOWN)
-    rows = [(VARIANTS[name], row) for name, row in found.items()]
-    rows = [(variant, row) for variant, row in rows if variant.title != "AdamW"]
+    found = {loss: gaps(results, "old_facts", loss) for loss in SHOWN}
+    names = [
+        name
+        for name, variant in VARIANTS.items()
+        if variant.title != "AdamW" and any(name in rows for rows in found.values())
+    ]
+    names.reverse()  # the first one at the top
     with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(7, 1.2 + 0.24 * max(1, len(rows))), layout="constrained"
+        size = (9, 1.2 + 0.22 * max(1, len(names)))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(SHOWN), sharey=True)
+        for ax, (loss, rows) in zip(axes, found.items(), strict=True):
+            for y, name in enumerate(names):
+                if name in rows:
+                    _draw(ax, y, VARIANTS[name].title, rows[name])
+            ax.axvline(0, color="black", linewidth=0.8)
+            ax.set_title(f"at a loss of {loss} on the new facts")
+            ax.grid(axis="x")
+        titles = [
+            f"{VARIANTS[name].title} ({VARIANTS[name].group})"
+            if VARIANTS[name].group
+            else VARIANTS[name].title
+            for name in names
+        ]
+        axes[0].set_yticks(range(len(names)), titles, fontsize=8)
+        figure.supxlabel(
+            "old facts recalled more than by AdamW (percentage points)", fontsize=9
         )
-        ax = figure.subplots()
-        titles = []
-        for y, (variant, row) in enumerate(reversed(rows)):
-            low, high = np.nan_to_num(row["interval"], nan=row["gap"])
-            kinds = {"MoFO": ORANGE, "gradient": INK}
-            colour = kinds.get(variant.title.split(" ")[0].rstrip(","), BLUE)
-            ax.plot([low, high], [y, y], color=colour, linewidth=1.5)
-            ax.plot(row["gap"], y, marker="o", markersize=4, color=colour)
-            task = f" ({variant.group})" if variant.group else ""
-            titles.append(variant.title + task)
-        ax.set_yticks(range(len(rows)), titles, fontsize=8)
-        ax.axvline(0, color="black", linewidth=0.8)
-        ax.set_xlabel(
-            f"old facts kept more than by AdamW, at a loss of {SHOWN} on the new ones "
-            "(percentage points)"
-        )
-        ax.grid(axis="x")
         figure.savefig(image, dpi=150)
+
+
+def _draw(ax: Axes, y: int, title: str, row: dict[str, Any]) -> None:
+    low, high = np.nan_to_num(row["interval"], nan=row["gap"])
+    kinds = {"MoFO": ORANGE, "gradient": INK}
+    colour = kinds.get(title.split(" ")[0].rstrip(","), BLUE)
+    ax.plot([low, high], [y, y], color=colour, linewidth=1.5)
+    ax.plot(row["gap"], y, marker="o", markersize=4, color=colour)

@@ -6,7 +6,7 @@ Fine-tunes a model by every method, along each method's learning rates (or what 
 curve goes along), with several seeds. Writes every number as JSON after every run, and
 beside it a table and a plot of the frontier: what is forgotten over what is learned.
 Started again, it goes on after the last complete run. Any model and data will do. The
-suite stories260k is of llama2.c's model and takes two to three hours on two cores; gpu
+suite stories260k is of the model of llama2.c and takes some two hours on two cores; gpu
 is of the model that benchmarks.pretrain makes. DIR has the model and GSM8K.
 """
 
