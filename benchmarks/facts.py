@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.facts_report import plot, report
 from benchmarks.facts_variants import VARIANTS, Context, Variant
-from benchmarks.suites import check_name
+from benchmarks.suites import check_name, make_room
 from examples import quickstart, terminal
 from examples.files import write_json
 from examples.llama.log import environment
@@ -195,9 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = "python -m benchmarks.facts"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line("facts"):
-        if args.output.suffix != ".json":
-            raise ValueError(f"output must end in .json, got {args.output}")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        make_room(args.output)
         results = measure(args)
         text = report(results)
         args.output.with_suffix(".md").write_text(text)

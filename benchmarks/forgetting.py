@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks.forgetting_methods import METHODS, describe
 from benchmarks.forgetting_report import plot, report
-from benchmarks.suites import SUITES, Inputs, check_name
+from benchmarks.suites import SUITES, Inputs, check_name, make_room
 from benchmarks.workers import each
 from examples import compilation, terminal
 from examples.files import write_json
@@ -145,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = "python -m benchmarks.forgetting"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line("forgetting"):
-        if args.output.suffix != ".json":
-            raise ValueError(f"output must end in .json, got {args.output}")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        make_room(args.output)
         results = measure(args)
         done, wanted = len(results["runs"]), results.pop("wanted")
         if done < wanted:

@@ -210,7 +210,8 @@ def plot(results: Results, image: Path) -> None:
             row[0].set_ylabel(f"{title} (nats per token)")
         for ax, group in zip(axes[0], GROUPS, strict=True):
             ax.set_title(group)
-            ax.legend(fontsize=7)
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(fontsize=7)
         for ax in axes[-1]:
             ax.set_xlabel("held-out loss (nats per answer token)")
         figure.suptitle(

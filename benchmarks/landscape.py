@@ -25,7 +25,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.suites import Inputs
+from benchmarks.suites import Inputs, make_room
 from examples import terminal
 from examples.files import write_json
 from examples.llama.convert import load_model
@@ -242,9 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = "python -m benchmarks.landscape"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line("landscape"):
-        if args.output.suffix != ".json":
-            raise ValueError(f"output must end in .json, got {args.output}")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        make_room(args.output)
         results = measure(args)
         write_json(args.output, results)
         plot(results, args.output.with_suffix(".png"))

@@ -145,3 +145,10 @@ class Inputs:
 def check_name(argument: str, name: str, allowed: Iterable[str]) -> None:
     if name not in allowed:
         raise ValueError(f"{argument} must be among {', '.join(allowed)}; got {name!r}")
+
+
+def make_room(output: Path) -> None:
+    """Makes the directory of a results' file; ValueError unless that is one of JSON."""
+    if output.suffix != ".json":
+        raise ValueError(f"output must end in .json, got {output}")
+    output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from examples import quickstart
 from examples.quickstart import make_model
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Other tasks have the same optimizers.
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if not v.group])
 def test_every_variant_is_an_optimizer(name):
     """It lowers a quadratic; what is filtered moves an alpha of the entries."""
     start = {
@@ -60,8 +61,8 @@ def short(monkeypatch, names, **changes):
 
 
 def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
-    names = ("adamw, usual", "ewc", "self", "wise-ft", "adamw, batches of 10")
-    short(monkeypatch, names, rates=(1e-3, 1e-2))
+    names = ("adamw, usual", "ewc", "self", "wise-ft")
+    short(monkeypatch, names, rates=(1e-3, 1e-2), batch_size=50)
     output = tmp_path / "facts.json"
     flags = [f"--output={output}", "--variants", *names]
     facts.main([*flags, "--seeds=1"])

@@ -111,7 +111,7 @@ def test_intervals_cover_the_mean():
 def test_report_and_plot(tmp_path):
     results = made_up()
     text = forgetting_report.report(results)
-    assert "42 runs, up to 3 seeds" in text
+    assert "33 runs, up to 3 seeds" in text
     rows = text.splitlines()
     row = next(x for x in rows if x.startswith("| MoFO 10%"))
     assert [x.strip() for x in row.split("|")[6:8]] == ["-0.100", "-0.100 to -0.100"]

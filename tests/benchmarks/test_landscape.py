@@ -9,6 +9,7 @@ from benchmarks.landscape import main
 from tests.examples.llama.training import write_files
 
 
+@pytest.mark.slow
 def test_lines_and_plane_meet(tmp_path):
     paths = write_files(tmp_path)
     paths["data"] = paths["data"][0]

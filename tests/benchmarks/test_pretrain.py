@@ -43,6 +43,7 @@ def flags(tmp_path, **changes):
     return [f"--{name}={value}" for name, value in values.items()]
 
 
+@pytest.mark.slow
 def test_the_suite_for_gpus_end_to_end(tmp_path, capsys, monkeypatch):
     write_packages(tmp_path / "lib")
     pretrain.main(flags(tmp_path))

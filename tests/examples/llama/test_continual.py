@@ -156,6 +156,7 @@ def write_real_tasks(root, data):
     return root / "sums", root / "stories"
 
 
+@pytest.mark.slow
 def test_real_tasks(data_dir, tmp_path):
     """The pretrained model, which tells stories and has never seen a sum."""
     args = Args(
