@@ -27,6 +27,7 @@ from tqdm import tqdm
 from benchmarks import cost_report
 from benchmarks.cost_others import others
 from benchmarks.inspection import passes_taken
+from benchmarks.outputs import publish
 from benchmarks.turns import (
     GRADIENTS,
     WARMUP,
@@ -264,10 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with terminal.errors_on_one_line(program):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         results = measure(args)
-        table = cost_report.table(results)
-        args.output.with_suffix(".md").write_text(table)
-        cost_report.plot(results, args.output.with_suffix(".png"))
-    print(table)
+        publish(results, args.output, cost_report.table, cost_report.plot)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ and beside it a table and a plot at matched losses. Started again, it goes on.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,13 @@ from tqdm import tqdm
 
 from benchmarks.facts_report import plot, report
 from benchmarks.facts_variants import VARIANTS, Context, Variant
-from benchmarks.suites import check_name, make_room
+from benchmarks.outputs import make_room, publish
 from examples import quickstart, terminal
 from examples.files import write_json
+from examples.llama.checks import check_name
 from examples.llama.log import environment
 from mofo_jax import distance
-from mofo_jax.continual import interpolate
+from mofo_jax.continual import fisher_diagonal, interpolate
 
 FISHER_PROMPTS = 300
 
@@ -107,9 +109,13 @@ def run_one(
     pretrained: Any,
 ) -> dict[str, float]:
     """Fine-tunes by a variant and measures what the model then knows."""
-    key = jax.random.key(seed)
+    key, importance = jax.random.key(seed), None
+    if variant.importance:
+        importance = _fisher(key, graphdef, pretrained, old)
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes
-        params = _fine_tune(key, rate, old, new, pretrained, graphdef, variant)
+        params = _fine_tune(
+            key, rate, old, new, pretrained, importance, graphdef, variant
+        )
     if variant.interpolate is not None:
         params = interpolate(pretrained, params, variant.interpolate)
     before = quickstart.value_logits(graphdef, pretrained, old)
@@ -133,14 +139,12 @@ def _fine_tune(
     old: jax.Array,
     new: jax.Array,
     pretrained: Any,
+    importance: Any,
     graphdef: Any,
     variant: Variant,
 ) -> Any:
     # Of the old facts only the prompts are used: the answers are the model's own.
     own = quickstart.value_logits(graphdef, pretrained, old)
-    importance = None
-    if variant.importance:
-        importance = _fisher(key, pretrained, graphdef, old, own)
     schedule = optax.linear_schedule(1.0, 0.0, variant.steps)
     context = Context(rate, schedule, pretrained, importance)
     optimizer = variant.optimizer(context)
@@ -172,22 +176,22 @@ def _fine_tune(
 
 def _kl(before: jax.Array, after: jax.Array) -> jax.Array:
     p, q = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
-    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+    return jnp.mean(optax.losses.kl_divergence_with_log_targets(q, p))
 
 
-def _fisher(key: Any, params: Any, graphdef: Any, old: Any, own: jax.Array) -> Any:
-    """Mean squared gradient of the log-likelihood of answers that the model draws."""
+def _fisher(key: Any, graphdef: Any, pretrained: Any, old: jax.Array) -> Any:
+    """The Fisher information of answers that the model draws to old prompts."""
     rows, answers = jax.random.split(key)
     chosen = jax.random.choice(rows, len(old), (FISHER_PROMPTS,), replace=False)
-    drawn = jax.random.categorical(answers, own[chosen])
-    facts = old[chosen].at[:, -1].set(drawn)
+    own = quickstart.value_logits(graphdef, pretrained, old[chosen])
+    facts = old[chosen].at[:, -1].set(jax.random.categorical(answers, own))
+    gradient = functools.partial(_gradient, graphdef=graphdef)
+    return fisher_diagonal(gradient, pretrained, facts[:, None])
 
-    def add(total: Any, fact: jax.Array) -> Any:
-        gradients = jax.grad(quickstart.loss_fn)(params, graphdef, fact[None])
-        return jax.tree.map(lambda s, g: s + g**2 / len(facts), total, gradients), None
 
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), facts)
-    return total
+@jax.jit(static_argnames="graphdef")
+def _gradient(params: Any, facts: jax.Array, graphdef: Any) -> Any:
+    return jax.grad(quickstart.loss_fn)(params, graphdef, facts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -196,11 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line("facts"):
         make_room(args.output)
-        results = measure(args)
-        text = report(results)
-        args.output.with_suffix(".md").write_text(text)
-        plot(results, args.output.with_suffix(".png"))
-    print(text)
+        publish(measure(args), args.output, report, plot)
 
 
 if __name__ == "__main__":

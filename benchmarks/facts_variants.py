@@ -31,9 +31,7 @@ class Variant(NamedTuple):
     title: str
     optimizer: Callable[[Context], optax.GradientTransformation]
     rates: tuple[float, ...]
-    group: str = (
-        ""  # the variants of one task; their AdamW is what each is held against
-    )
+    group: str = ""  # the task, whose AdamW the variant is held against
     steps: int = 300
     batch_size: int | None = None  # new facts a step, or all
     new_facts: int = 100

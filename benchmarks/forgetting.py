@@ -28,10 +28,12 @@ from tqdm import tqdm
 
 from benchmarks.forgetting_methods import METHODS, describe
 from benchmarks.forgetting_report import plot, report
-from benchmarks.suites import SUITES, Inputs, check_name, make_room
+from benchmarks.outputs import make_room, publish
+from benchmarks.suites import SUITES, Inputs
 from benchmarks.workers import each
 from examples import compilation, terminal
 from examples.files import write_json
+from examples.llama.checks import check_name
 from examples.llama.config import Config
 from examples.llama.log import environment
 from examples.llama.train import train
@@ -152,10 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{done} of {wanted} runs; the same command goes on")
         if not done:
             return
-        text = report(results)
-        args.output.with_suffix(".md").write_text(text)
-        plot(results, args.output.with_suffix(".png"))
-    print(text)
+        publish(results, args.output, report, plot)
 
 
 if __name__ == "__main__":

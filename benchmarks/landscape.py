@@ -25,7 +25,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.suites import Inputs, make_room
+from benchmarks.outputs import make_room
+from benchmarks.suites import Inputs
 from examples import terminal
 from examples.files import write_json
 from examples.llama.convert import load_model

@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 
 from examples import terminal
-from examples.files import write_bytes, write_json
+from examples.files import write_bytes, write_json, write_json_lines
 from examples.llama.architectures import LlamaConfig
 from examples.llama.config import Config, DTypeName
 from examples.llama.huggingface import save_hugging_face
@@ -123,9 +123,8 @@ def prepare(args: Args) -> None:
             f"in {', '.join(map(str, args.sources))}; expected packages of both"
         )
     write_bytes(args.output / "held_out.txt", kept.encode())
-    pieces = [piece for text in known for piece in pieces_of(text, length)]
-    lines = [json.dumps({"text": piece}) for piece in pieces]
-    write_bytes(args.output / "sources.jsonl", ("\n".join(lines) + "\n").encode())
+    pieces = ({"text": piece} for text in known for piece in pieces_of(text, length))
+    write_json_lines(args.output / "sources.jsonl", pieces)
     tokenizer = train_tokenizer(known[::20] or known, args.vocab_size)
     model = Llama(
         LlamaConfig(

@@ -1,13 +1,13 @@
 """Which model and data a comparison of fine-tuning runs is of."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from benchmarks.forgetting_methods import METHODS, Settings
+from examples.llama.checks import check_name
 from examples.llama.config import Config
 
 
@@ -140,15 +140,3 @@ class Inputs:
             "output": output,
         }
         return Config(**common | SUITES[self.suite].settings | changes)
-
-
-def check_name(argument: str, name: str, allowed: Iterable[str]) -> None:
-    if name not in allowed:
-        raise ValueError(f"{argument} must be among {', '.join(allowed)}; got {name!r}")
-
-
-def make_room(output: Path) -> None:
-    """Makes the directory of a results' file; ValueError unless that is one of JSON."""
-    if output.suffix != ".json":
-        raise ValueError(f"output must end in .json, got {output}")
-    output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_json_lines(path: str | os.PathLike[str], values: Iterable[Any]) -> None:
+    write_bytes(path, b"".join(json.dumps(value).encode() + b"\n" for value in values))

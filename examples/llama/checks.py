@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from examples.llama.config import METHODS, REGULARIZERS, SELF, Config
@@ -140,3 +140,9 @@ def _number(name: str, text: str, whole: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{name} needs a number, got {whole!r}") from None
+
+
+def check_name(argument: str, name: str, allowed: Iterable[str]) -> None:
+    """Raises ValueError unless `name` is allowed."""
+    if name not in allowed:
+        raise ValueError(f"{argument} must be among {', '.join(allowed)}; got {name!r}")

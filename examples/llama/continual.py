@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples import terminal
-from examples.files import write_bytes, write_json
+from examples.files import write_json, write_json_lines
 from examples.llama.answers import answer
+from examples.llama.checks import check_name
 from examples.llama.config import Config, parse
 from examples.llama.convert import load_model
 from examples.llama.records import Record, read_records
@@ -111,9 +112,7 @@ def tasks_of(args: Args) -> list[Task]:
                 f"{name} must be one or {len(paths)}, as the tasks are, got {values}"
             )
     for metric in metrics:
-        if metric not in METRICS:
-            allowed = ", ".join(METRICS)
-            raise ValueError(f"metrics must be among {allowed}; got {metric!r}")
+        check_name("metrics", metric, METRICS)
     if not all(x > 0 for x in epochs):
         raise ValueError(f"task_epochs must be above 0, got {epochs}")
     if not 0 <= args.replay_earlier <= 1:
@@ -297,12 +296,12 @@ def _all_earlier(args: Args, earlier: list[Task]) -> Path:
 
 
 def _write(path: Path, records: list[Record]) -> None:
-    lines = []
-    for record in records:
-        messages = [message._asdict() for message in record.content]
-        lines.append(json.dumps({"messages": messages}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    lines = (
+        {"messages": [message._asdict() for message in record.content]}
+        for record in records
+    )
+    write_json_lines(path, lines)
 
 
 def _scores(

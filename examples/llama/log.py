@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from examples.files import write_bytes
+from examples.files import write_json_lines
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ class MetricsLog:
         path = output / "metrics.jsonl"
         kept = read_metrics(path) if step is not None else []
         kept = [line for line in kept if line["step"] <= step]
-        write_bytes(path, b"".join(json.dumps(x).encode() + b"\n" for x in kept))
+        write_json_lines(path, kept)
         self._file = path.open("a")
         purge = None if step is None else step + 1
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=purge)

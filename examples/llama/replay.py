@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from examples import terminal
-from examples.files import write_bytes
+from examples.files import write_json_lines
 from examples.llama import data
 from examples.llama.config import SELF, Config
 from examples.llama.generate import generate
@@ -202,8 +202,8 @@ def save_self_replay(datasets: Datasets, tokenizer: Tokenizer, output: Path) -> 
     lines = []
     for tokens, inside in zip(rows.tokens, rows.segment_ids, strict=True):
         ids = tokens[inside > 0].tolist()
-        lines.append(json.dumps({"text": tokenizer.decode(ids), "tokens": ids}))
-    write_bytes(output / "self_replay.jsonl", ("\n".join(lines) + "\n").encode())
+        lines.append({"text": tokenizer.decode(ids), "tokens": ids})
+    write_json_lines(output / "self_replay.jsonl", lines)
 
 
 def _read(path: Path) -> list[list[int]]:
