@@ -258,7 +258,7 @@ class Llama(nnx.Module):
         def run(layer: DecoderLayer, x: jax.Array, past: Any) -> Any:
             return layer(x, cos, sin, readable, past, start)
 
-        if self.remat != "none":
+        if self.remat != "none" and cache is None:  # no backward pass with a cache
             run = nnx.remat(run, policy=REMAT_POLICIES[self.remat])
         # Tokens in one axis, [B T, D]: the gradient of products of three axes takes
         # XLA's CPU backend 1.6 times as long.

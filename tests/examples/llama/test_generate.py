@@ -122,6 +122,14 @@ def test_padding(model, continued):
     np.testing.assert_array_equal(new, expected)
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_model_that_is_being_trained(greedy, remat):
+    model = make(CONFIG)
+    model.remat = remat
+    new = generate(model, PROMPTS, max_new_tokens=21)
+    np.testing.assert_array_equal(new, greedy)
+
+
 def test_a_few_tokens_at_a_time(model):
     options = {"temperature": 1.0, "key": jax.random.key(5), "eos_id": 12}
     expected = np.asarray(generate(model, PROMPTS, max_new_tokens=21, **options))

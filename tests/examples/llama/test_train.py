@@ -225,7 +225,7 @@ def test_many_options_together(files, run):
             "many", method="mofo-lion", learning_rate=3e-4, pack=True, accumulate=2,
             dtype="bfloat16", moments_dtype="bfloat16", remat="dots", clip_norm=1.0,
             schedule="linear", warmup_steps=2, template="tokenizer", steps=None,
-            epochs=3.0, export_dtype="bfloat16", data=files["data"] * 2,
+            epochs=3.0, export_dtype="bfloat16", data=files["data"] * 2, samples=1,
         )  # fmt: skip
     finally:
         template.unlink()
