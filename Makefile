@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-oldest parity docs lint format clean
+.PHONY: quickstart test test-slow test-oldest test-tunix parity docs lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,13 @@ test-oldest:
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 		-e '.[examples,dev]' -c tests/oldest.txt
 	build/oldest/bin/python -m pytest -n auto tests/mofo_jax mofo_jax
+
+# Tunix pins packages at other versions than ours.
+test-tunix:
+	$(PYTHON) -m venv build/tunix
+	build/tunix/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e . google-tunix pytest
+	build/tunix/bin/python -m pytest --noconftest -W default tests/tunix
 
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site

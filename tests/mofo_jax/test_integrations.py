@@ -113,6 +113,34 @@ def test_apply_if_finite():
     assert np.isfinite(jax.tree.leaves(optax.tree.get(state, "mu"))[0]).all()
 
 
+@jax.numpy_dtype_promotion("standard")  # reduce_on_plateau multiplies float by int
+def test_reduce_on_plateau():
+    optimizer = optax.chain(mofo(0.05, 0.25), optax.contrib.reduce_on_plateau())
+    value, gradients = jax.value_and_grad(loss)(PARAMS)
+    updates, _ = optimizer.update(
+        gradients, optimizer.init(PARAMS), PARAMS, value=value
+    )
+    assert moved(optax.apply_updates(PARAMS, updates)) == {"w": 6, "b": 1}
+
+
+def test_schedule_free():
+    # Its interpolation is the momentum; so the filter goes by gradients.
+    optimizer = optax.contrib.schedule_free(mofo(0.05, 0.25, b1=0.0), 0.05)
+    params, state = train(optimizer, 1)
+    assert moved(state.z) == {"w": 6, "b": 1}
+    params, state = train(optimizer, 100)
+    averaged = optax.contrib.schedule_free_eval_params(state, params)
+    assert loss(averaged) < 0.5 * loss(PARAMS)
+
+
+@jax.numpy_dtype_promotion("standard")  # sam multiplies float by bool
+def test_sharpness_aware_minimization():
+    # Every other step is one to where the loss is large, and is taken back by the next.
+    optimizer = optax.contrib.sam(mofo(0.05, 0.25), optax.sgd(0.01))
+    assert moved(train(optimizer, 2)[0]) == {"w": 6, "b": 1}
+    assert loss(train(optimizer, 100)[0]) < 0.5 * loss(PARAMS)
+
+
 class NnxModel(nnx.Module):
     def __init__(self, rngs):
         self.first = nnx.Linear(6, 8, rngs=rngs)
