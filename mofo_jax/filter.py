@@ -1,6 +1,5 @@
 """The momentum filter around any Optax gradient transformation."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,21 +8,20 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mofo_jax.checks import Method, check_alpha, check_method, is_rankable
+from mofo_jax.checks import Method, check_alpha, check_method
 from mofo_jax.leaves import (
     BlockAxesTree,
     FilterMask,
+    cast_like,
     check_dtypes,
     first_moments,
     resolve_block_axes,
     resolve_mask,
 )
+from mofo_jax.scoring import Score, check_score, random_scores, scores_of
 from mofo_jax.selection import no_guess, select_masks
 
-Score = str | Callable[[Any, Any, Any, Any], Any]
 Alpha = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
-
-SCORES = ("momentum", "gradient", "update", "random")
 
 
 class FilterByMomentumState(NamedTuple):
@@ -158,11 +156,7 @@ def momentum_filter(
         raise TypeError(f"inner must be a gradient transformation, got {inner!r}")
     if not callable(alpha):
         check_alpha(alpha)
-    if not callable(score) and score not in SCORES:
-        allowed = ", ".join(f'"{s}"' for s in SCORES)
-        raise ValueError(f"score must be one of {allowed} or a function, got {score!r}")
-    if not hasattr(seed, "dtype") and not isinstance(seed, numbers.Integral):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
+    check_score(score, seed)
     check_method(method)
     inner = optax.with_extra_args_support(inner)
 
@@ -202,20 +196,11 @@ def momentum_filter(
         filtered = resolve_mask(updates, filter_mask)
         axes = resolve_block_axes(updates, block_axes)
         leaves, treedef = jax.tree.flatten(updates)
-        scores: list[Any]
-        if score == "momentum":
-            scores = first_moments(inner_state, updates, filtered)
-        elif score == "gradient":
-            scores = jax.tree.leaves(gradients)
-        elif score == "update":
-            scores = leaves
-        elif score == "random":
-            scores = _random_scores(leaves, filtered, seed, step)
+        if score == "random":
+            scores = random_scores(leaves, filtered, seed, step)
         else:
-            assert callable(score)
-            tree = score(gradients, updates, inner_state, params)
-            _check_scores(tree, updates)
-            scores = jax.tree.leaves(tree)
+            found = gradients, updates, inner_state, params
+            scores = scores_of(score, filtered, *found)
         masks, threshold = select_masks(
             _where(filtered, scores),
             fraction,
@@ -244,53 +229,3 @@ def _keep(update: jax.Array, mask: jax.Array, unselected: complex) -> jax.Array:
     if jnp.iscomplexobj(update):
         unselected = complex(unselected, unselected)
     return lax.select(mask, update, jnp.full_like(update, unselected))
-
-
-def _random_scores(
-    leaves: list[jax.Array],
-    filtered: list[bool],
-    seed: jax.typing.ArrayLike,
-    step: jax.Array,
-) -> list[jax.Array | None]:
-    """Random 31-bit integers: float draws would tie often and favour low indices."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-
-    def draw(i: int, leaf: jax.Array) -> jax.Array:
-        # On a mesh of Explicit axes an array's type carries its sharding.
-        sharding: Any = jax.typeof(leaf).sharding
-        bits = jax.random.bits(
-            jax.random.fold_in(key, i),
-            leaf.shape,
-            jnp.uint32,
-            out_sharding=None if sharding.mesh.are_all_axes_auto else sharding,
-        )
-        return (bits >> 1).astype(jnp.int32)
-
-    return [
-        draw(i, leaf) if is_filtered else None
-        for i, (leaf, is_filtered) in enumerate(zip(leaves, filtered, strict=True))
-    ]
-
-
-def _check_scores(scores: Any, updates: Any) -> None:
-    def kind(x: Any) -> tuple[tuple[int, ...], bool]:
-        return jnp.shape(x), is_rankable(jnp.result_type(x))
-
-    if jax.tree.map(kind, scores) != jax.tree.map(lambda u: (u.shape, True), updates):
-        got = jax.tree.map(lambda x: f"{jnp.result_type(x)}{[*jnp.shape(x)]}", scores)
-        raise ValueError(
-            "score must return a floating or complex array shaped like each update, "
-            f"in the same structure, got {got} for updates of shapes "
-            f"{jax.tree.map(jnp.shape, updates)}"
-        )
-
-
-def cast_like(tree: Any, like: Any) -> Any:
-    """Floating and complex arrays of the tree, in the dtypes of another one."""
-
-    def cast(x: Any, y: Any) -> Any:
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact):
-            return x.astype(jnp.result_type(y))
-        return x
-
-    return jax.tree.map(cast, tree, like, is_leaf=lambda x: x is None)

@@ -138,15 +138,33 @@ def check_dtypes(params: Any) -> None:
             )
 
 
-def check_same_shapes(argument: str, tree: Any, like: Any) -> None:
-    """Raises unless a tree has the structure and the shapes of another one."""
-    shapes = [jax.tree.map(jnp.shape, x) for x in (tree, like)]
-    # As text: comparing trees of tuples would compare by their leaves alone.
-    if str(shapes[0]) != str(shapes[1]):
-        raise ValueError(
-            f"{argument} must have the structure and shapes {shapes[1]}, got "
-            f"{shapes[0]}"
-        )
+def check_same_shapes(argument: str, tree: Any, other: str, like: Any) -> None:
+    """Raises unless a tree has the structure and the shapes of the other one."""
+    shapes = [
+        dict(zip(leaf_names(x), map(jnp.shape, jax.tree.leaves(x)), strict=True))
+        for x in (tree, like)
+    ]
+    for name in shapes[1] | shapes[0]:
+        got, expected = (x.get(name, "no leaf") for x in shapes)
+        if got != expected:
+            raise ValueError(
+                f"{argument} must have the structure and shapes of {other}, got "
+                f"{got} for {name}, which there is {expected}"
+            )
+    got, expected = (jax.tree.structure(x) for x in (tree, like))
+    if str(got) != str(expected):
+        raise ValueError(f"{argument} must have the structure {expected}, got {got}")
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Floating and complex arrays of the tree, in the dtypes of another one."""
+
+    def cast(x: Any, y: Any) -> Any:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact):
+            return x.astype(jnp.result_type(y))
+        return x
+
+    return jax.tree.map(cast, tree, like, is_leaf=lambda x: x is None)
 
 
 def leaf_names(params: Any) -> list[str]:

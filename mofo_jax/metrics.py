@@ -36,7 +36,7 @@ def distance(params: Any, reference: Any) -> jax.Array:
     >>> distance({"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([0.0, 5.0])})
     Array(5., dtype=float32)
     """
-    check_same_shapes("reference", reference, params)
+    check_same_shapes("reference", reference, "params", params)
     difference = jax.tree.map(
         lambda a, b: at_least_float32(a) - at_least_float32(b), params, reference
     )

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from mofo_jax.checks import is_rankable
-from mofo_jax.filter import Alpha, cast_like, momentum_filter
-from mofo_jax.leaves import BlockAxesTree, FilterMask
+from mofo_jax.filter import Alpha, momentum_filter
+from mofo_jax.leaves import BlockAxesTree, FilterMask, cast_like
 
 
 def scale_by_mofo(
@@ -152,7 +152,7 @@ def mofo(
     if learning_rate is not None and not callable(learning_rate):
         _check_number("learning_rate", learning_rate, "a number, a schedule or None")
     if not callable(weight_decay):
-        _check_number("weight_decay", weight_decay, "a number, a schedule")
+        _check_number("weight_decay", weight_decay, "a number or a schedule")
     # A decay of a plain 0 is left out: 0 times a parameter would still be computed.
     decays = not (isinstance(weight_decay, numbers.Real) and weight_decay == 0)
     decay = (

@@ -7,8 +7,6 @@ of the global array whatever its sharding.
 """
 
 import functools
-import math
-import numbers
 from typing import Any
 
 import jax
@@ -22,12 +20,12 @@ from mofo_jax.candidates import Gathered, most_candidates
 from mofo_jax.checks import (
     BlockAxes,
     Method,
-    at_least_float32,
     check_alpha,
     check_method,
     is_rankable,
     normalize_block_axes,
 )
+from mofo_jax.fraction import k_limbs, static, static_k
 from mofo_jax.ranking import (
     block_count,
     describe,
@@ -123,12 +121,12 @@ def select_masks(
         guess = no_guess([x.shape for x in arrays], block_axes)
     sizes = [block_count(x.shape, a) for x, a in zip(arrays, block_axes, strict=True)]
     stops = np.cumsum(sizes)
-    static_alpha = _static(alpha)
+    static_alpha = static(alpha)
     masks: list[Any] = [None] * len(arrays)
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, x in enumerate(arrays):
         n = x.size // max(sizes[i], 1)
-        if n <= 1 or (static_alpha and _static_k(static_alpha, n) == n):
+        if n <= 1 or (static_alpha and static_k(static_alpha, n) == n):
             masks[i] = jnp.ones_like(x, dtype=bool)
         elif method == "top_k":
             order = block_axes[i] + extent(x.shape, block_axes[i])
@@ -182,7 +180,7 @@ def _search_masks(
         alone and most_candidates(v.shape, a) for v, a in zip(views, axes, strict=True)
     ]
     blocks = describe(views, axes, few)
-    k = _k_limbs(static_alpha, alpha, blocks.n)
+    k = k_limbs(static_alpha, alpha, blocks.n)
     digits = len(blocks.sizes)
     widths = [block_count(x.shape, a) for x, a in paired]
     units = make_units([(x.shape, x.dtype, a) for x, a in paired])
@@ -246,10 +244,10 @@ def _top_k_mask(
     """The mask by :func:`jax.lax.top_k`; ``order`` names the block axes first."""
     # Of the bits, because XLA's top_k takes bfloat16 subnormals for zero on the CPU.
     rows = order_bits(x).transpose(order).reshape(-1, n)
-    static_alpha = _static(alpha)
-    _, columns = lax.top_k(rows, _static_k(static_alpha, n) if static_alpha else n)
+    static_alpha = static(alpha)
+    _, columns = lax.top_k(rows, static_k(static_alpha, n) if static_alpha else n)
     ranks = jnp.arange(columns.shape[1], dtype=jnp.uint32)
-    below_k = counting.less((ranks[None],), _k_limbs(static_alpha, alpha, [n])[-1:])
+    below_k = counting.less((ranks[None],), k_limbs(static_alpha, alpha, [n])[-1:])
     chosen = jnp.broadcast_to(below_k, columns.shape)
     mask = jnp.zeros(rows.shape, bool)
     mask = mask.at[jnp.arange(rows.shape[0])[:, None], columns].set(chosen)
@@ -260,29 +258,3 @@ def _top_k_mask(
 def _real(x: jax.Array) -> jax.Array:
     """Magnitudes of complex numbers, once: a root taken again may round differently."""
     return jnp.abs(x) if jnp.iscomplexobj(x) else x
-
-
-def _static(alpha: jax.typing.ArrayLike) -> float | None:
-    """alpha if it is a number, None if it is an array."""
-    return float(alpha) if isinstance(alpha, numbers.Real) else None
-
-
-def _static_k(alpha: float, n: int) -> int:
-    return min(n, max(1, math.floor(alpha * n)))
-
-
-def _k_limbs(static_alpha: float | None, alpha: Any, n: list[int]) -> counting.Limbs:
-    """k for blocks of n entries, with as many limbs as a count of the largest has."""
-    count = 1 if max(n) < counting.LIMB_SIZE else 2
-    if static_alpha is not None:
-        return counting.limbs([_static_k(static_alpha, size) for size in n], count)
-    everything = counting.limbs(n, count)
-    alpha = at_least_float32(jnp.asarray(alpha))
-    product = jnp.floor(alpha * np.array([n], alpha.dtype))
-    product = jnp.where(product >= 1, product, 1)  # NaN, too, becomes 1
-    parts = (jnp.floor(product / 2.0**32), product % 2.0**32)[2 - count :]
-    some = tuple(part.astype(jnp.uint32) for part in parts)
-    # n may not be representable in alpha's dtype, so alpha = 1 is a case of its own.
-    return counting.where(
-        (alpha >= 1) | ~counting.less(some, everything), everything, some
-    )

@@ -68,7 +68,7 @@ def project_gradient(
     if not isinstance(margin, numbers.Real) or not 0 <= margin < math.inf:
         raise ValueError(f"margin must be a number, 0 or above, got {margin!r}")
     for i, memory in enumerate(memories):
-        check_same_shapes(f"memories[{i}]", memory, gradient)
+        check_same_shapes(f"memories[{i}]", memory, "gradient", gradient)
     if not memories:
         return gradient
     trees = [jax.tree.leaves(tree) for tree in (*memories, gradient)]

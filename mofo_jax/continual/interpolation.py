@@ -43,7 +43,7 @@ def interpolate(pretrained: Any, tuned: Any, weight: Weight) -> Any:
       `Mitigating the Alignment Tax of RLHF <https://arxiv.org/abs/2309.06256>`_, 2024
       (HMA).
     """
-    check_same_shapes("tuned", tuned, pretrained)
+    check_same_shapes("tuned", tuned, "pretrained", pretrained)
 
     def between(name: str, start: jax.Array, end: jax.Array) -> jax.Array:
         w: Any = weight(name) if callable(weight) else weight

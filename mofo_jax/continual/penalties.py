@@ -76,11 +76,11 @@ def add_distance_penalty(
                 "add_distance_penalty needs params and reference: call "
                 "update(gradients, state, params, reference=...)"
             )
-        check_same_shapes("reference", reference, params)
+        check_same_shapes("reference", reference, "params", params)
         if ewc:
             if fisher is None:
                 raise ValueError("ewc needs the extra argument fisher")
-            check_same_shapes("fisher", fisher, params)
+            check_same_shapes("fisher", fisher, "params", params)
 
         def add(update: jax.Array, p: jax.Array, start: jax.Array, *f: Any) -> Any:
             moved = p - start.astype(p.dtype)
