@@ -30,6 +30,14 @@ def check_alpha(alpha: Any) -> None:
         raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
 
 
+def check_number(name: str, value: Any, allowed: str = "a number") -> None:
+    """Raises unless value is a real number or a scalar array."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_scalar = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+    if not is_number and not (is_scalar and value.dtype.kind not in "OSU"):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
     """x, raised to float32 if an integer or of lower precision."""
     if not is_rankable(x.dtype) or jnp.finfo(x.dtype).bits < 32:

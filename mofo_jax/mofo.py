@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from mofo_jax.checks import is_rankable
+from mofo_jax.checks import check_number, is_rankable
 from mofo_jax.filter import Alpha, momentum_filter
 from mofo_jax.leaves import BlockAxesTree, FilterMask, cast_like
 
@@ -150,9 +149,9 @@ def mofo(
       Fine-Tuning <https://arxiv.org/abs/2407.20999>`_, 2024, Algorithm 1.
     """
     if learning_rate is not None and not callable(learning_rate):
-        _check_number("learning_rate", learning_rate, "a number, a schedule or None")
+        check_number("learning_rate", learning_rate, "a number, a schedule or None")
     if not callable(weight_decay):
-        _check_number("weight_decay", weight_decay, "a number or a schedule")
+        check_number("weight_decay", weight_decay, "a number or a schedule")
     # A decay of a plain 0 is left out: 0 times a parameter would still be computed.
     decays = not (isinstance(weight_decay, numbers.Real) and weight_decay == 0)
     decay = (
@@ -183,7 +182,7 @@ def _scale_by_adam(
     """:func:`optax.scale_by_adam` of checked arguments."""
     values = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
     for name, value in values.items():
-        _check_number(name, value)
+        check_number(name, value)
     try:
         floating = mu_dtype is None or is_rankable(jnp.dtype(mu_dtype))
     except TypeError:
@@ -215,11 +214,3 @@ def _in_the_parameters_dtypes() -> optax.GradientTransformation:
         return updates if params is None else cast_like(updates, params)
 
     return optax.stateless(update)
-
-
-def _check_number(name: str, value: Any, allowed: str = "a number") -> None:
-    """Raises unless value is a real number or a scalar array."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_scalar = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
-    if not is_number and not (is_scalar and value.dtype.kind not in "OSU"):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")

@@ -1,5 +1,6 @@
 """Half fine-tuning (HFT): in every round, half of the parameters stand still."""
 
+import numbers
 import re
 from typing import Any
 
@@ -36,7 +37,7 @@ def half_fine_tuning_mask(params: Any, seed: int) -> Any:
       depends on the seed and the names, not on the order of the leaves.
 
     Raises:
-      ValueError: A parameter has none of the names, or a negative seed.
+      ValueError: A parameter has none of the names, or the seed is not such.
 
     >>> from mofo_jax.continual import half_fine_tuning_mask
     >>> names = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -48,8 +49,8 @@ def half_fine_tuning_mask(params: Any, seed: int) -> Any:
       Hui et al., `HFT: Half Fine-Tuning for Large Language Models
       <https://arxiv.org/abs/2404.18466>`_, 2024, section 2.2 (its category level).
     """
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or above, got {seed}")
+    if not isinstance(seed, numbers.Integral) or seed < 0:
+        raise ValueError(f"seed must be an integer of 0 or above, got {seed!r}")
     modules = [_module(name) for name in leaf_names(params)]
     trained = _draw(set(modules), np.random.default_rng(seed))
     leaves = [module in trained for module in modules]

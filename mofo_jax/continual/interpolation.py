@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mofo_jax.checks import at_least_float32
+from mofo_jax.checks import at_least_float32, check_number
 from mofo_jax.leaves import check_same_shapes, leaf_names
 
 Weight = jax.typing.ArrayLike | Callable[[str], jax.typing.ArrayLike]
@@ -31,6 +31,7 @@ def interpolate(pretrained: Any, tuned: Any, weight: Weight) -> Any:
 
     Raises:
       ValueError: The structures or shapes differ.
+      TypeError: The weight is neither a number nor a function.
 
     >>> import jax.numpy as jnp
     >>> from mofo_jax.continual import interpolate
@@ -43,6 +44,8 @@ def interpolate(pretrained: Any, tuned: Any, weight: Weight) -> Any:
       `Mitigating the Alignment Tax of RLHF <https://arxiv.org/abs/2309.06256>`_, 2024
       (HMA).
     """
+    if not callable(weight):
+        check_number("weight", weight, "a number or a function of a parameter's name")
     check_same_shapes("tuned", tuned, "pretrained", pretrained)
 
     def between(name: str, start: jax.Array, end: jax.Array) -> jax.Array:

@@ -100,7 +100,9 @@ def test_with_optax():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="seed must be 0 or above, got -1"):
+    with pytest.raises(
+        ValueError, match="seed must be an integer of 0 or above, got -1"
+    ):
         half_fine_tuning_mask(ours(1), -1)
     with pytest.raises(
         ValueError, match="parameter dense/kernel has none of the names"

@@ -33,6 +33,11 @@ def test_low_precision():
     assert found.dtype == jnp.bfloat16 and found[0] == 258
 
 
+def test_bad_weight():
+    with pytest.raises(TypeError, match="weight must be a number or a function of"):
+        interpolate(START, END, "half")
+
+
 def test_bad_shapes():
     with pytest.raises(ValueError, match="tuned must have the structure and shapes"):
         interpolate(START, {"a": END["a"]}, 0.5)
