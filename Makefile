@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-oldest test-tunix parity docs lint format clean
+.PHONY: quickstart test test-slow test-notebooks test-oldest test-tunix parity docs lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ test-slow: $(VENV)/installed
 
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest tests/parity
+
+test-notebooks: $(VENV)/installed
+	$(BIN)/python -m pytest tests/notebooks
 
 # The library with the oldest versions that pyproject.toml allows.
 test-oldest:

@@ -13,13 +13,14 @@ release = re.search(
 )[1]
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # tests run the notebooks
 html_theme = "furo"
 html_title = f"mofo_jax {release}"
 autodoc_member_order = "bysource"
