@@ -20,7 +20,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m examples.quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

@@ -25,9 +25,10 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import cost_report
+from benchmarks.cost_fine_tuning import whole_step
 from benchmarks.cost_others import others
 from benchmarks.inspection import passes_taken
-from benchmarks.outputs import publish
+from benchmarks.outputs import load, make_room, publish
 from benchmarks.turns import (
     GRADIENTS,
     WARMUP,
@@ -40,6 +41,7 @@ from benchmarks.turns import (
 )
 from examples import terminal
 from examples.files import write_json
+from examples.llama.checks import check_least
 from examples.llama.log import environment
 from mofo_jax import mofo
 
@@ -177,43 +179,7 @@ def growth(args: Args) -> dict[str, Any]:
 
 def fine_tuning(args: Args) -> dict[str, Any]:
     """A whole training step of a Llama, batch 8 x 256: loss, gradient and update."""
-    from flax import nnx
-
-    from examples.llama.architectures import LlamaConfig
-    from examples.llama.model import Llama
-
-    sizes = (256, 64, 128, 2, 4) if args.tiny else (32000, 768, 2048, 12, 12)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    heads = ("num_attention_heads", "num_key_value_heads")
-    values = dict(zip((*names, *heads), (*sizes, sizes[-1]), strict=True))
-    config, vocabulary = LlamaConfig(**values), sizes[0]
-    model = Llama(config, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model, nnx.Param)
-    shape = (2, 16) if args.tiny else (8, 257)
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, vocabulary)
-
-    def make(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params: Any, state: Any, tokens: jax.Array) -> Any:
-            def loss(params: Any) -> jax.Array:
-                logits = nnx.merge(graph, params)(tokens[:, :-1])
-                losses = optax.softmax_cross_entropy_with_integer_labels(
-                    logits, tokens[:, 1:]
-                )
-                return jnp.mean(losses)
-
-            gradients = jax.grad(loss)(params)
-            updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        return step
-
-    runs = {}
-    for name, optimizer in {"adamw": optax.adamw(1e-5), "mofo": mofo(1e-5)}.items():
-        own = jax.tree.map(jnp.copy, params)
-        runs[name] = [make(optimizer), own, jax.jit(optimizer.init)(own)]
-    batches = ((tokens + i) % vocabulary for i in range(1 + args.repeats))
-    return ratios(take_turns(runs, batches, warmup=1))
+    return whole_step(args.tiny, args.repeats)
 
 
 def _shapes(args: Args, tree: str) -> Shapes:
@@ -240,13 +206,16 @@ def sections() -> dict[str, Callable[[Args], dict[str, Any]]]:
 
 
 def measure(args: Args) -> dict[str, Any]:
-    """Runs the sections that the file does not have of these settings yet."""
+    """Runs the sections that the file does not have yet.
+
+    Raises:
+      ValueError: No repeats, or the file is of other settings, another device or other
+        versions.
+    """
+    check_least("repeats", args.repeats, 1)
     settings = {"repeats": args.repeats, "tiny": args.tiny}
-    results: dict[str, Any] = {"settings": settings, **environment()}
-    if args.output.exists():
-        old = json.loads(args.output.read_text())
-        if all(old.get(key) == value for key, value in results.items()):
-            results = old
+    begun = {"settings": settings, **environment()}
+    results = load(args.output, begun) or begun
     todo = sections()
     bar = tqdm(todo.items(), unit="section", **terminal.bar_style())
     for name, section in bar:
@@ -263,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = "python -m benchmarks.cost"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line(program):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        make_room(args.output)
         results = measure(args)
         publish(results, args.output, cost_report.table, cost_report.plot)
 

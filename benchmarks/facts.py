@@ -11,7 +11,6 @@ and beside it a table and a plot at matched losses. Started again, it goes on.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ import optax
 import tyro
 from tqdm import tqdm
 
+from benchmarks.facts_optimizers import Context
 from benchmarks.facts_report import plot, report
-from benchmarks.facts_variants import VARIANTS, Context, Variant
-from benchmarks.outputs import make_room, publish
+from benchmarks.facts_variants import VARIANTS, Variant
+from benchmarks.outputs import load, make_room, publish
 from examples import quickstart, terminal
 from examples.files import write_json
-from examples.llama.checks import check_name
+from examples.llama.checks import check_least, check_name
 from examples.llama.log import environment
 from mofo_jax import distance
 from mofo_jax.continual import fisher_diagonal, interpolate
@@ -51,17 +51,17 @@ def measure(args: Args) -> dict[str, Any]:
     Returns:
       "runs", a list of the variant, its rate and seed, the "loss" on the new facts, the
       shares of "new_facts" and "old_facts" recalled, "kl" from the pretrained model on
-      the old facts in nats, "distance" and "touched"; and the device and versions.
+      the old facts in nats, "distance" and "touched", and the device and versions.
 
     Raises:
-      ValueError: An unknown variant.
+      ValueError: An unknown variant, no seed, or `args.output` is of something else.
     """
+    check_least("seeds", args.seeds, 1)
     for name in args.variants:
         check_name("variants", name, VARIANTS)
-    results: dict[str, Any] = {"runs": []}
-    if args.output.exists():
-        results = json.loads(args.output.read_text())
-    done = {(run["variant"], run["rate"], run["seed"]) for run in results["runs"]}
+    keys = ("variant", "rate", "seed")
+    results = load(args.output, {}, keys) or {"runs": []}
+    done = {tuple(run[key] for key in keys) for run in results["runs"]}
     wanted = [
         (name, rate, seed)
         for seed in range(args.seeds)
@@ -76,19 +76,17 @@ def measure(args: Args) -> dict[str, Any]:
             variant = VARIANTS[name]
             world = quickstart.Config(
                 seed=seed,
-                new_names=variant.new_facts,
+                new_names=variant.new_names,
                 hidden_size=variant.hidden_size,
                 pretraining_steps=6000,
             )
             if world not in models:
                 models.clear()  # seeds come one after another, and sizes are few
-                old, new = quickstart.make_world(seed, variant.new_facts)
+                old, new = quickstart.make_world(seed, variant.new_names)
                 models[world] = old, new, *quickstart.pretrain(world, old)
             found = run_one(variant, rate, seed, *models[world])
-            results["runs"].append(
-                {"variant": name, "rate": rate, "seed": seed} | found
-            )
-            results |= environment()
+            run = {"variant": name, "rate": rate, "seed": seed}
+            results["runs"].append(run | found | environment())
             write_json(args.output, results)
             bar.set_description(f"{name} {rate} seed {seed}")
             bar.set_postfix_str(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.facts_variants import VARIANTS
 from benchmarks.matched import Curve, compare, frontier, table
+from benchmarks.outputs import made_with
 from examples.llama.report_plots import BLUE, INK, ORANGE, STYLE
 
 LOSSES = (0.1, 0.03, 0.01)  # of the new facts, in nats
@@ -52,12 +53,13 @@ def gaps(results: Results, measure: str, loss: float) -> dict[str, dict[str, Any
 def report(results: Results) -> str:
     """Markdown: for each measure and loss, every variant beside AdamW."""
     seeds = len({run["seed"] for run in results["runs"]})
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    # Older files have the device and versions once, for all runs.
+    made = made_with(results | run for run in results["runs"])
     lines = [
         "# Variants of MoFO on the quickstart's facts, at matched losses",
         "",
         f"{len(results['runs'])} runs, up to {seeds} seeds (worlds of facts, with a "
-        f"model each); {versions}, on {results['device']}. Written by "
+        f"model each); {made}. Written by "
         "`python -m benchmarks.facts`. The usual task: 100 new facts, all in each "
         "batch, 300 steps. Interpolated along each variant's learning rates, seed by "
         "seed. The gap is to AdamW on the same task, with its 95% bootstrap interval "

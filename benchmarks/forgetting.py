@@ -12,7 +12,6 @@ is of the model that benchmarks.pretrain makes. DIR has the model and GSM8K.
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import shutil
@@ -28,12 +27,12 @@ from tqdm import tqdm
 
 from benchmarks.forgetting_methods import METHODS, describe
 from benchmarks.forgetting_report import plot, report
-from benchmarks.outputs import make_room, publish
+from benchmarks.outputs import load, make_room, publish
 from benchmarks.suites import SUITES, Inputs
 from benchmarks.workers import each
 from examples import compilation, terminal
 from examples.files import write_json
-from examples.llama.checks import check_name
+from examples.llama.checks import check_least, check_name
 from examples.llama.config import Config
 from examples.llama.log import environment
 from examples.llama.train import train
@@ -65,21 +64,22 @@ def measure(args: Args) -> dict[str, Any]:
       training, and the device and versions; and how many runs are "wanted".
 
     Raises:
-      ValueError, OSError: A setting is out of range, or a file is missing or damaged.
+      ValueError, OSError: A setting is out of range, a file is missing or damaged, or
+        `args.output` is of other settings.
       FloatingPointError: A run diverged.
     """
     begun = time.monotonic()
+    check_least("seeds", args.seeds, 1)
+    check_least("workers", args.workers, 1)
     settings = args.settings()
     methods = args.methods or SUITES[args.suite].methods
     for name in methods:
         check_name("methods", name, METHODS)
-    results: dict[str, Any] = {"settings": settings, "pretrained": {}, "runs": []}
-    if args.output.exists():
-        results = json.loads(args.output.read_text())
-        if results["settings"] != settings:
-            raise ValueError(f"{args.output}: holds runs of other settings")
-    wanted = _runs(methods, args.seeds)
     keys = ("method", "point", "seed")
+    results = load(args.output, {"settings": settings}, keys)
+    if results is None:
+        results = {"settings": settings, "pretrained": {}, "runs": []}
+    wanted = _runs(methods, args.seeds)
     done = [{key: run[key] for key in keys} for run in results["runs"]]
     missing = [run for run in wanted if run not in done]
     with (

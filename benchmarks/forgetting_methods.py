@@ -63,10 +63,10 @@ METHODS = {
         rates(4.8e-4, 9.6e-4, 1.92e-3),
         WAYS,
     ),
-    "l1": Method("AdamW, L1", FAST, strengths("l1", 3e-4, 1e-3, 3e-3), WAYS),
-    "l2": Method("AdamW, L2", FAST, strengths("l2", 3e-2, 1e-1, 3e-1), WAYS),
+    "l1": Method("AdamW, L1", FAST, strengths("l1", 3e-4, 1e-3, 3e-3), HELD),
+    "l2": Method("AdamW, L2", FAST, strengths("l2", 3e-2, 1e-1, 3e-1), HELD),
     "l2-mofo": Method(
-        "MoFO 10%, L2", FAST_MOFO, strengths("l2", 3e-2, 1e-1, 3e-1), WAYS
+        "MoFO 10%, L2", FAST_MOFO, strengths("l2", 3e-2, 1e-1, 3e-1), HELD
     ),
     "ewc": Method(
         "AdamW, EWC",

@@ -11,21 +11,16 @@ from matplotlib.figure import Figure
 
 from benchmarks.forgetting_methods import GROUPS, METHODS, Settings, describe
 from benchmarks.matched import Curve, compare, frontier, table
+from benchmarks.outputs import made_with
 from examples.llama.report_plots import BLUE, ORANGE, STYLE
 
 ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
-REFERENCES = {"adamw": BLUE, "mofo": ORANGE}  # in every panel of the plot
-# The rest of Okabe and Ito's palette.
-COLOURS = (
-    "#000000",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#e69f00",
-    "#7f7f7f",
-    "#999933",
-    "#882255",
-)
+REFERENCES = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}  # in every panel
+# The rest of Okabe and Ito's palette but its yellow, and a grey. What differs by a
+# filter alone has one colour: no filter is drawn through, a filter by its line.
+COLOURS = ("#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
+LINES = {"mofo": "--", "gradient": ":"}
+MARKERS = "D^vPXdp<>*"  # each curve of a group has its own
 MEASURES = {"retain_loss": "retained-text loss", "kl": "KL"}
 
 Results = dict[str, Any]
@@ -66,12 +61,12 @@ def curves(results: Results, measure: str) -> dict[str, Curve]:
     }
 
 
-def targets(found: dict[str, Curve], count: int = 3) -> list[float]:
-    """Held-out losses that AdamW and MoFO both reach with every seed, evenly spaced."""
+def targets(found: dict[str, Curve]) -> list[float]:
+    """Held-out losses that AdamW and MoFO reach with every seed, evenly spaced."""
     both = [*found["adamw"], *found.get("mofo", [])]
     low = max(float(points[0, 0]) for points in both)
     high = min(float(points[-1, 0]) for points in both)
-    return np.linspace(low, high, count + 2)[1:-1].tolist()
+    return np.linspace(low, high, 5)[1:-1].tolist()
 
 
 def matched(results: Results, measure: str) -> dict[float, dict[str, dict[str, Any]]]:
@@ -87,18 +82,14 @@ def report(results: Results) -> str:
     """Markdown: at matched losses, and at each method's points."""
     settings, runs = results["settings"], results["runs"]
     seeds = len({run["seed"] for run in runs})
-    devices = ", ".join(sorted({run["device"] for run in runs}))
-    versions = sorted(
-        {", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}
-    )
     before = results["pretrained"]
     lines = [
         f"# What is forgotten, at matched losses: {settings['model']}",
         "",
         f"{len(runs)} runs, up to {seeds} seeds, {settings['steps']} steps of "
         f"{settings['batch_size']} records of {settings['data']}, up to "
-        f"{settings['max_length']} tokens each, cosine decay; {'; '.join(versions)}, "
-        f"on {devices}. Written by `python -m benchmarks.forgetting`. Held-out loss: "
+        f"{settings['max_length']} tokens each, cosine decay; {made_with(runs)}. "
+        "Written by `python -m benchmarks.forgetting`. Held-out loss: "
         f"nats per answer token of {settings['eval_records']} records of "
         f"{settings['eval_data']}, {before['eval_loss']:.3f} before. Retained-text "
         f"loss: nats per token of {settings['retain_data']}, "
@@ -190,7 +181,7 @@ def plot(results: Results, image: Path) -> None:
     """The curves of each group of methods, AdamW's and MoFO's in each."""
     before = results["pretrained"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 8), layout="constrained")
+        figure = Figure(figsize=(13, 9), layout="constrained")
         axes = figure.subplots(len(MEASURES), len(GROUPS), sharex=True, sharey="row")
         for row, (measure, title) in zip(axes, MEASURES.items(), strict=True):
             found = measured(results, measure)
@@ -210,23 +201,45 @@ def plot(results: Results, image: Path) -> None:
             row[0].set_ylabel(f"{title} (nats per token)")
         for ax, group in zip(axes[0], GROUPS, strict=True):
             ax.set_title(group)
-            if ax.get_legend_handles_labels()[0]:
-                ax.legend(fontsize=7)
         for ax in axes[-1]:
             ax.set_xlabel("held-out loss (nats per answer token)")
+            bars, titles = ax.get_legend_handles_labels()
+            if bars:
+                ax.legend(
+                    [line for line, *_ in bars],
+                    titles,
+                    loc="upper center",
+                    bbox_to_anchor=(0.5, -0.13),  # below, where it covers no curve
+                    ncols=2,
+                    fontsize=8,
+                    columnspacing=1,
+                    handlelength=3,
+                )
         figure.suptitle(
             "Lower and further left is better: more learned, less forgotten "
-            "(dotted: the pretrained model)"
+            "(dotted: the pretrained model). What is out of view is in the table."
         )
         figure.savefig(image, dpi=150)
 
 
+def _base(name: str) -> str:
+    """A method's name without its filter, if anything remains."""
+    return "-".join(part for part in name.split("-") if part not in LINES) or name
+
+
 def _draw(ax: Axes, name: str, points: np.ndarray) -> None:
     """Means over seeds, and the seeds farthest from them."""
-    group = [other for other in METHODS if METHODS[other].group == METHODS[name].group]
-    group = [other for other in group if other not in REFERENCES]
     first = name in REFERENCES
-    i = 0 if first else group.index(name)
+    line = "-"
+    if first:
+        colour, marker = REFERENCES[name]
+    else:
+        group = [k for k, v in METHODS.items() if v.group == METHODS[name].group]
+        group = [other for other in group if other not in REFERENCES]
+        bases = list(dict.fromkeys(_base(other) for other in group))
+        colour = COLOURS[bases.index(_base(name)) % len(COLOURS)]
+        marker = MARKERS[group.index(name) % len(MARKERS)]
+        line = next((LINES[part] for part in name.split("-") if part in LINES), "-")
     x, y = points.mean(axis=0).T
     errors = np.abs(points - points.mean(axis=0)).max(axis=0).T
     ax.errorbar(
@@ -235,10 +248,12 @@ def _draw(ax: Axes, name: str, points: np.ndarray) -> None:
         xerr=errors[0],
         yerr=errors[1],
         label=METHODS[name].title,
-        color=REFERENCES[name] if first else COLOURS[i % len(COLOURS)],
-        marker="o" if first else "sD^vP*X<"[i % 8],
-        markersize=4,
+        color=colour,
+        linestyle=line,
+        marker=marker,
+        markersize=5,
         linewidth=2.5 if first else 1.2,
         zorder=2 if first else 3,
-        capsize=2,
+        elinewidth=1,
+        capsize=1.5,
     )

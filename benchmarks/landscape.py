@@ -17,31 +17,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import tyro
 from flax import nnx
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.landscape_report import METHODS, TITLES, plot
 from benchmarks.outputs import make_room
 from benchmarks.suites import Inputs
 from examples import terminal
 from examples.files import write_json
+from examples.llama.checks import check_least
 from examples.llama.convert import load_model
 from examples.llama.log import environment
 from examples.llama.records import read_text
-from examples.llama.report_plots import BLUE, ORANGE, STYLE
 from examples.llama.setup import set_up
 from examples.llama.sharding import parameter_sharding
 from examples.llama.train import train
 from mofo_jax.continual import interpolate
 
-TITLES = {"eval_loss": "held-out loss", "retain_loss": "retained-text loss"}
-METHODS = {"adamw": "AdamW", "mofo": "MoFO 10%"}
 BEYOND = 0.5  # how far lines and plane go on, of the distances
-LEVELS = 14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +72,8 @@ def measure(args: Args) -> dict[str, Any]:
     Raises:
       ValueError, OSError, FloatingPointError: As of `train`.
     """
-    for name in ("points", "grid"):
-        if getattr(args, name) < 2:
-            raise ValueError(f"{name} must be 2 or above, got {getattr(args, name)}")
+    check_least("points", args.points, 2)
+    check_least("grid", args.grid, 2)
     rates = {"adamw": args.adamw_rate, "mofo": args.mofo_rate}
     total = len(METHODS) * args.points + args.grid**2
     with tempfile.TemporaryDirectory() as directory:
@@ -169,73 +164,6 @@ def _columns(found: list[dict[str, Any]]) -> dict[str, list[Any]]:
 @jax.jit
 def _between(start: Any, end: Any, place: float) -> Any:
     return interpolate(start, end, place)
-
-
-def plot(results: dict[str, Any], image: Path) -> None:
-    """Lines above, the plane below; fine-tuning on the left, the pretrained right."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 7.5), layout="constrained")
-        axes = figure.subplots(2, 2)
-        for column, (measure, title) in enumerate(TITLES.items()):
-            upper, lower = axes[:, column]
-            for method, name in METHODS.items():
-                line = results["lines"][method]
-                style = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}[method]
-                upper.plot(
-                    line["places"],
-                    line[measure],
-                    color=style[0],
-                    marker=style[1],
-                    markersize=3,
-                    label=name,
-                )
-            upper.set_title(f"{title}, on the lines")
-            upper.set_xlabel("pretrained 0, fine-tuned 1")
-            upper.set_ylabel("nats per token")
-            for place in (0, 1):
-                upper.axvline(place, color="black", linewidth=0.6, linestyle=":")
-            upper.grid()
-            plane = results["plane"]
-            heights = np.array(plane[measure])
-            # Even steps of the logarithm: losses grow fast to the outside.
-            levels = np.geomspace(heights.min(), heights.max(), LEVELS)
-            drawn = lower.contourf(
-                plane["x"], plane["y"], heights, levels=levels, cmap="cividis_r"
-            )
-            lower.contour(
-                plane["x"],
-                plane["y"],
-                heights,
-                levels=levels,
-                colors="black",
-                linewidths=0.4,
-            )
-            figure.colorbar(drawn, ax=lower, format="%.2f", label="nats per token")
-            marks = {"pretrained": [0.0, 0.0]} | {
-                METHODS[name]: place for name, place in results["ends"].items()
-            }
-            for (name, (x, y)), marker in zip(marks.items(), "*os", strict=True):
-                lower.plot(
-                    x,
-                    y,
-                    marker=marker,
-                    markersize=9,
-                    color="white",
-                    markeredgecolor="black",
-                    linestyle="none",
-                )
-                lower.annotate(
-                    name,
-                    (x, y),
-                    xytext=(7, 7),
-                    textcoords="offset points",
-                    bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},
-                )
-            lower.set_title(f"{title}, on the plane through all three")
-            lower.set_xlabel("distance from the pretrained weights, towards AdamW's")
-            lower.set_ylabel("distance, across")
-        axes[0, 0].legend()
-        figure.savefig(image, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,9 +23,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from benchmarks.outputs import make_room
 from examples import terminal
 from examples.files import write_json
 from examples.llama.architectures import ARCHITECTURES, LlamaConfig
+from examples.llama.checks import check_name
 from examples.llama.convert import load_model
 from examples.llama.huggingface import tensor_shapes
 from examples.llama.huggingface_config import to_hugging_face
@@ -96,11 +98,7 @@ def load(path: Path, param_dtype: str, mesh: str) -> dict[str, Any]:
 
 def measure(args: Args) -> dict[str, Any]:
     """All RUNS on one generated checkpoint, written to `args.output`."""
-    if args.architecture not in ARCHITECTURES:
-        allowed = ", ".join(ARCHITECTURES)
-        raise ValueError(
-            f"architecture must be one of {allowed}, got {args.architecture!r}"
-        )
+    check_name("architecture", args.architecture, ARCHITECTURES)
     config = ARCHITECTURES[args.architecture]
     if args.tiny:
         config = dataclasses.replace(config, head_dim=None, **TINY)
@@ -153,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = "python -m benchmarks.load_memory"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line(program):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        make_room(args.output)
         print(report(measure(args)))
 
 

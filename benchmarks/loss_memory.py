@@ -8,7 +8,7 @@ optax.softmax_cross_entropy_with_integer_labels over all logits. Nothing is run.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+from benchmarks.outputs import make_room
+from examples import terminal
 from examples.files import write_json
 from examples.llama.architectures import ARCHITECTURES
+from examples.llama.checks import check_name
 from examples.llama.log import environment
 from examples.llama.loss import cross_entropy_sum
 from examples.llama.products import float32_einsum
@@ -60,6 +63,12 @@ def temporary_bytes(
 
 
 def measure(args: Args) -> dict[str, Any]:
+    """Compiles all, and writes the bytes to `args.output`.
+
+    Raises:
+      ValueError: An unknown architecture.
+    """
+    check_name("architecture", args.architecture, ARCHITECTURES)
     config = ARCHITECTURES[args.architecture]
     results: dict[str, Any] = dataclasses.asdict(args) | environment() | {"rows": []}
     del results["output"]
@@ -85,5 +94,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; errors end it as they end examples.llama.train."""
+    program = "python -m benchmarks.loss_memory"
+    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("loss_memory"):
+        make_room(args.output)
+        print(table(measure(args)))
+
+
 if __name__ == "__main__":
-    print(table(measure(tyro.cli(Args, description=__doc__))))
+    main()

@@ -125,7 +125,7 @@ def table(
     return lines
 
 
-def span(limits: tuple[float, float], form: str = ".3f") -> str:
+def span(limits: tuple[float, float], form: str) -> str:
     """An interval for a table; nothing where there is none."""
     low, high = limits
     return "" if np.isnan(low) else f"{low:{form}} to {high:{form}}"

@@ -1,8 +1,10 @@
 """What benchmarks leave: numbers as JSON, and beside it a table and a plot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from examples.files import read_json_object
 
 
 def make_room(output: Path) -> None:
@@ -10,6 +12,56 @@ def make_room(output: Path) -> None:
     if output.suffix != ".json":
         raise ValueError(f"output must end in .json, got {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def load(
+    path: Path, settings: dict[str, Any], runs: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """The results to go on with; None where there is no file.
+
+    Args:
+      path: The JSON file.
+      settings: Entries that it must have, with these values: what numbers depend on.
+      runs: Fields that each of its "runs" must have; with none given, it needs no runs.
+
+    Raises:
+      ValueError: The file is no such JSON object, or is of other settings.
+    """
+    if not path.exists():
+        return None
+    found = read_json_object(path)
+    fits = found.keys() >= settings.keys()
+    if runs:
+        try:
+            fits &= all(run.keys() >= set(runs) for run in found["runs"])
+        except (KeyError, TypeError, AttributeError):
+            fits = False
+    if not fits:
+        names = [*settings, f"runs of {', '.join(runs)}"] if runs else [*settings]
+        raise ValueError(f"{path}: expected a JSON object with {', '.join(names)}")
+    others = list(_differences({key: found[key] for key in settings}, settings))
+    if others:
+        raise ValueError(
+            f"{path}: of other settings, {', '.join(others)}; give another output"
+        )
+    return found
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in found | wanted:
+            yield from _differences(found.get(key), wanted.get(key), key)
+    elif found != wanted:
+        yield f"{name} {found!r} instead of {wanted!r}"
+
+
+def made_with(runs: Iterable[dict[str, Any]]) -> str:
+    """The versions and devices of runs, each once."""
+    versions, devices = set(), set()
+    for run in runs:
+        versions.add(", ".join(f"{k} {v}" for k, v in run["versions"].items()))
+        devices.add(run["device"])
+    return f"{'; '.join(sorted(versions))}, on {', '.join(sorted(devices))}"
 
 
 def publish(

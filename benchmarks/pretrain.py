@@ -3,9 +3,9 @@
 python -m benchmarks.pretrain --output DIR
 
 Trains a tokenizer and a Llama of about 120M parameters on the Python sources of the
-standard library and the installed packages. Some packages are held out, and what
-fine-tuning makes the model forget is measured on them. Leaves the model in
-DIR/run/model and their text in DIR/held_out.txt. The same command goes on after a kill.
+standard library and the installed packages, but for some, whose text is the retained
+one: on it is measured what fine-tuning makes the model forget. Leaves the model in
+DIR/run/model and that text in DIR/retained.txt. The same command goes on after a kill.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import tokenizers
 import tyro
 from flax import nnx
 
+from benchmarks.outputs import load
 from examples import terminal
 from examples.files import write_bytes, write_json, write_json_lines
 from examples.llama.architectures import LlamaConfig
@@ -31,7 +32,7 @@ from examples.llama.train import train
 SPECIAL = ("<s>", "</s>", "<pad>")
 # So that nearly every piece of source fills a row; what is too long is cut off.
 CHARACTERS_PER_TOKEN = 4
-HELD_OUT = 0.05  # of the packages
+RETAINED = 0.05  # of the packages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class Args:
     """Directories of packages; by default those of this Python."""
     megabytes: float = 200.0
     """Text to take at most. A twentieth of it trains the tokenizer."""
-    held_out_kilobytes: float = 300.0
-    """Text of the held-out packages to take at most."""
+    retained_kilobytes: float = 300.0
+    """Retained text to take at most."""
     vocab_size: int = 16384
     hidden_size: int = 768
     layers: int = 12
@@ -63,23 +64,22 @@ def pretrain(args: Args) -> dict[str, float]:
     """Prepares what is not there yet, and trains or goes on.
 
     Returns:
-      The measures on the held-out text before and after, as of `train`.
+      The measures on the retained text before and after, as of `train`.
 
     Raises:
-      ValueError, OSError: As of `train`; or there is too little text.
+      ValueError, OSError: As of `train`; or there is too little text, or
+        `args.output` was prepared with other settings.
     """
     prepared = args.output / "prepared.json"
     settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-    if not prepared.exists():
+    if load(prepared, settings) is None:
         prepare(args)
         write_json(prepared, settings)
-    elif json.loads(prepared.read_text()) != settings:
-        raise ValueError(f"{prepared}: of other settings; give another output")
     return train(
         Config(
             model=args.output / "start",
             data=(str(args.output / "sources.jsonl"),),
-            retain_data=args.output / "held_out.txt",
+            retain_data=args.output / "retained.txt",
             output=args.output / "run",
             method="adamw",
             learning_rate=args.learning_rate,
@@ -103,26 +103,26 @@ def pretrain(args: Args) -> dict[str, float]:
 def prepare(args: Args) -> None:
     """Writes texts, tokenizer and a model that has learned nothing."""
     args.output.mkdir(parents=True, exist_ok=True)
-    known, held_out = [], []
+    known, retained = [], []
     length = CHARACTERS_PER_TOKEN * args.max_length
     wanted = args.megabytes * 1e6
     for package, text in sources(args.sources):
         # These come first, as packages are in the order of their shares.
-        if _share(package) < HELD_OUT:
-            held_out += pieces_of(text, length)
+        if _share(package) < RETAINED:
+            retained += pieces_of(text, length)
             continue
         known.append(text)
         wanted -= len(text)
         if wanted < 0:
             break
     # Some of every package, not all of the first.
-    kept = "".join(sorted(held_out, key=_share))[: int(1e3 * args.held_out_kilobytes)]
+    kept = "".join(sorted(retained, key=_share))[: int(1e3 * args.retained_kilobytes)]
     if not known or not kept:
         raise ValueError(
-            f"sources: {len(known)} files to learn and {len(held_out)} pieces held out "
+            f"sources: {len(known)} files to learn and {len(retained)} pieces retained "
             f"in {', '.join(map(str, args.sources))}; expected packages of both"
         )
-    write_bytes(args.output / "held_out.txt", kept.encode())
+    write_bytes(args.output / "retained.txt", kept.encode())
     pieces = ({"text": piece} for text in known for piece in pieces_of(text, length))
     write_json_lines(args.output / "sources.jsonl", pieces)
     tokenizer = train_tokenizer(known[::20] or known, args.vocab_size)

@@ -37,7 +37,7 @@ SUITES = {
     # Of the model that benchmarks.pretrain makes; as many runs as fit 20 minutes of a
     # large GPU.
     "gpu": Suite(
-        {"model": "run/model", "retain_data": "held_out.txt"} | GSM8K,
+        {"model": "run/model", "retain_data": "retained.txt"} | GSM8K,
         ("adamw", "mofo", "hft", "wise-ft", "self", "self-mofo"),
         rate_scale=0.1,
         settings={"dtype": "bfloat16"},
@@ -56,11 +56,12 @@ class Inputs:
     data_dir: tuple[Path, ...] = ()
     """Directories that have the suite's files."""
     model: Path | None = None
-    """As of examples.llama.train, and so are the next four."""
+    """As of examples.llama.train, and so are the next three."""
     tokenizer: Path | None = None
     data: Path | None = None
-    eval_data: Path | None = None
     retain_data: Path | None = None
+    eval_data: Path | None = None
+    """Held-out records, only as JSON lines."""
     rate_scale: float | None = None
     """Multiplies the learning rates of benchmarks/forgetting_methods.py, which suit the
     260K model."""
@@ -108,9 +109,10 @@ class Inputs:
 
     def held_out(self, directory: Path) -> Path:
         """Writes the first of the held-out records."""
-        lines = self.paths()["eval_data"].read_text().splitlines()
+        # As bytes: text's splitlines also breaks at a U+2028 or U+0085 in a string.
+        lines = self.paths()["eval_data"].read_bytes().split(b"\n")
         path = directory / "held_out.jsonl"
-        path.write_text("\n".join(lines[: self.eval_records]))
+        path.write_bytes(b"\n".join(lines[: self.eval_records]))
         return path
 
     def configuration(

@@ -12,9 +12,9 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -22,10 +22,12 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
+from benchmarks.outputs import make_room
 from examples import terminal
 from examples.files import write_json
 from examples.llama.architectures import ARCHITECTURES, LlamaConfig
-from examples.llama.config import Config
+from examples.llama.checks import check_least, check_name
+from examples.llama.config import Config, DTypeName
 from examples.llama.flops import peak_flops, training_flops
 from examples.llama.huggingface_config import to_hugging_face
 from examples.llama.log import environment
@@ -44,7 +46,7 @@ SHAPES = {
         num_key_value_heads=4,
         tie_word_embeddings=True,
     ),
-    "15M": LlamaConfig(  # of llama2.c's stories15M
+    "24M": LlamaConfig(  # of llama2.c's stories15M, which ties its embeddings
         vocab_size=32000,
         hidden_size=288,
         intermediate_size=768,
@@ -52,7 +54,7 @@ SHAPES = {
         num_attention_heads=6,
         num_key_value_heads=6,
     ),
-    "134M": LlamaConfig(
+    "125M": LlamaConfig(
         vocab_size=32000,
         hidden_size=768,
         intermediate_size=2048,
@@ -68,8 +70,8 @@ SHAPES = {
 class Args:
     output: Path
     """The JSON file to write."""
-    shapes: tuple[str, ...] = ("260K", "15M", "134M")
-    """Names among 260K, 15M, 134M and those of examples.llama.architectures."""
+    shapes: tuple[str, ...] = ("260K", "24M", "125M")
+    """Names among 260K, 24M, 125M and those of examples.llama.architectures."""
     batch_size: int = 4
     """Rows of a step."""
     length: int = 256
@@ -111,7 +113,7 @@ def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], 
     graph, _ = nnx.split(nnx.eval_shape(new))
     params = jax.device_put(create(), replicated(mesh))
     optimizer = make_optimizer(config, 9)
-    state = init_state(optimizer, params, 0, mesh)
+    state = init_state(optimizer, params, mesh)
     step = make_step(graph, optimizer, lambda _: 0.0, packed=False)
     compiled, fixed = None, Fixed(nnx.State({}))
 
@@ -164,7 +166,17 @@ def torchs(args: Args, shape: LlamaConfig) -> Callable[[np.ndarray], float]:
 
 
 def measure(args: Args) -> dict[str, Any]:
-    """Trains all in turns; see the module. Returns what it writes."""
+    """Trains all in turns; see the module. Returns what it writes.
+
+    Raises:
+      ValueError: An unknown shape or dtype, or a number is out of range.
+    """
+    for name, least in {"batch_size": 1, "length": 2, "repeats": 1}.items():
+        check_least(name, getattr(args, name), least)
+    for name in args.shapes:
+        check_name("shapes", name, SHAPES)
+    for name in ("dtype", "param_dtype"):
+        check_name(name, getattr(args, name), get_args(DTypeName))
     results: dict[str, Any] = {"settings": dataclasses.asdict(args), **environment()}
     results["settings"].pop("output")
     results["allocator"] = os.environ.get("GLIBC_TUNABLES", "")
@@ -220,5 +232,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; errors end it as they end examples.llama.train."""
+    program = "python -m benchmarks.training_speed"
+    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("training_speed"):
+        make_room(args.output)
+        print(table(measure(args)))
+
+
 if __name__ == "__main__":
-    print(table(measure(tyro.cli(Args, description=__doc__))))
+    main()

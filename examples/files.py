@@ -1,10 +1,21 @@
-"""Files that are written whole or not at all."""
+"""JSON that is checked, and files that are written whole or not at all."""
 
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object; OSError or ValueError, which name the file, for anything else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; expected a JSON object") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {type(value).__name__}; expected a JSON object")
+    return value
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

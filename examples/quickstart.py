@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +22,12 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples import terminal
 from examples.llama.architectures import LlamaConfig
+from examples.llama.checks import check_least, check_seed
 from examples.llama.model import Llama
 from mofo_jax import all_but_norms_and_biases, distance, mofo
 
@@ -35,6 +38,7 @@ VOCABULARY = FIRSTS + SECONDS + RELATIONS + VALUES
 
 METHODS = {"AdamW": None, "MoFO 10%": 0.1, "MoFO 3%": 0.03}
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+LOOK_EVERY = 20  # pretraining steps, to see whether all is recalled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,21 @@ class Config:
     pretraining_steps: Annotated[int, tyro.conf.arg(help="at most so many")] = 3000
     hidden_size: Annotated[int, tyro.conf.arg(help="of the model")] = 64
     seed: Annotated[int, tyro.conf.arg(help="of the world and of the model")] = 0
+
+
+def check(config: Config) -> None:
+    """Raises ValueError that names the argument."""
+    check_seed(config.seed)
+    check_least("steps", config.steps, 1)
+    check_least("pretraining_steps", config.pretraining_steps, LOOK_EVERY)
+    if not 1 <= config.new_names <= FIRSTS * SECONDS:
+        raise ValueError(
+            f"new_names must be 1 to {FIRSTS * SECONDS}, got {config.new_names}"
+        )
+    if config.hidden_size < 1 or config.hidden_size % 8:  # four heads of even size
+        raise ValueError(
+            f"hidden_size must be a multiple of 8, got {config.hidden_size}"
+        )
 
 
 def make_world(seed: int, new_names: int) -> tuple[jax.Array, jax.Array]:
@@ -130,14 +149,14 @@ def pretrain(config: Config, old: jax.Array) -> tuple[Any, Any]:
     )
     for i in bar:
         params, state, loss = step(params, state, old, jnp.float32(3e-3))
-        if i % 20 == 19:
+        if i % LOOK_EVERY == LOOK_EVERY - 1:
             recalled = float(recall(params, graphdef, old))
             bar.set_postfix(loss=f"{loss:.4f}", recall=f"{recalled:.1%}")
             # A margin beyond the first time that all are right.
             if recalled == 1 and loss < 0.01:
                 bar.close()
                 return graphdef, params
-    raise RuntimeError(
+    raise ValueError(
         f"after {config.pretraining_steps} steps {recalled:.1%} of the facts are "
         "recalled: allow more --pretraining-steps"
     )
@@ -185,13 +204,9 @@ def print_table(runs: list[dict]) -> None:
 
 
 def plot(runs: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    styles = zip(METHODS, ("#000000", "#0072b2", "#d55e00"), "so^", strict=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = zip(METHODS, ("#0072b2", "#d55e00", "#000000"), "os^", strict=True)
     for method, color, marker in styles:
         mine = [run for run in runs if run["method"] == method]
         style = {"color": color, "marker": marker, "label": method}
@@ -207,10 +222,11 @@ def plot(runs: list[dict], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(config: Config) -> list[dict]:
+    """Runs it all; ValueError and OSError name what is wrong with an argument."""
+    check(config)
     config.output.mkdir(parents=True, exist_ok=True)
     old, new = make_world(config.seed, config.new_names)
     print(f"{len(old)} old facts to recall, {len(new)} new ones to learn")
@@ -237,5 +253,13 @@ def main(config: Config) -> list[dict]:
     return runs
 
 
+def command(argv: Sequence[str] | None = None) -> None:
+    """The command line; errors end it with one line and exit code 2."""
+    program = "python -m examples.quickstart"
+    config = tyro.cli(Config, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("quickstart"):
+        main(config)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command()

@@ -1,12 +1,20 @@
 """What the commands of the examples have in common on a terminal."""
 
 import contextlib
+import re
 import shutil
 import signal
 import sys
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+LESS_MEMORY = (
+    "to take less memory: a smaller --batch-size, more --accumulate, --remat full, "
+    "--lora-rank, or a --mesh of more devices"
+)
 
 
 class Stopped(Exception):
@@ -58,9 +66,29 @@ def errors_on_one_line(program: str) -> Iterator[None]:
     """
     try:
         yield
+        return
     except Stopped as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signum) from None
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+        code, message = 128 + stopped.signum, str(stopped)
+    except FloatingPointError as error:
+        code, message = 1, str(error)
+    except (OSError, ValueError) as error:
+        code, message = 2, str(error)
+    except ImportError as error:
+        code, message = 2, f"{error}{_extra_with(error.name or '')}"
+    except RuntimeError as error:  # JAX's, told by its text to do without JAX here
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        code, message = 2, f"{str(error).splitlines()[0]}; {LESS_MEMORY}"
+    print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _extra_with(module: str) -> str:
+    """How to install a module, where an extra of this project has its package."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    for extra, packages in extras.items():
+        names = [re.split(r"[^\w-]", x)[0].replace("-", "_") for x in packages]
+        if module.partition(".")[0] in names:
+            return f"; pip install '.[{extra}]' brings it"
+    return ""

@@ -1,8 +1,6 @@
 """The shapes of the Llama family: what a config.json says, and known models by name."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 
 def _check_numbers(config: "RopeScaling | LlamaConfig") -> None:
@@ -79,17 +77,6 @@ class LlamaConfig:
         size = self.head_dim
         if not isinstance(size, int) or size < 2 or size % 2:
             raise ValueError(f"head_dim must be positive and even, got {size!r}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """The inverse of `dataclasses.asdict`; ValueError for a missing or odd key."""
-        try:
-            values = dict(values)
-            if values.get("rope_scaling") is not None:
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-            return cls(**values)
-        except TypeError as error:  # it names the key
-            raise ValueError(f"not a LlamaConfig: {error}") from None
 
 
 # From the config.json of each model's official release.

@@ -2,11 +2,13 @@
 
 import datetime
 import json
+import math
+from collections.abc import Sized
 from typing import Any
 
 import jinja2
 from jinja2 import ext, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
 # What a template is told when it asks for the date, so that the same records give the
 # same tokens on every day. Llama 3's own assume this one where there is no clock.
@@ -21,7 +23,7 @@ def compile_chat_template(template: str) -> jinja2.Template:
     Raises:
       jinja2.TemplateError: It is no template.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _Generation],
@@ -34,6 +36,22 @@ def compile_chat_template(template: str) -> jinja2.Template:
         "namespace": _Namespace,
     }
     return environment.from_string(template)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Its products and powers are limited as its ranges are: they could fill memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        a, b = (len(x) if isinstance(x, Sized) else abs(x) for x in (left, right))
+        # In floats a power overflows, where integers would go on.
+        size = math.prod((a, b)) if operator == "*" else float(a) ** float(b)
+        if size > MAX_RANGE:
+            raise jinja2.exceptions.SecurityError(
+                f"{operator} gives more than {MAX_RANGE}, the most that is allowed"
+            )
+        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(ext.Extension):

@@ -5,8 +5,12 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import jax
+
 from examples.llama.config import METHODS, REGULARIZERS, SELF, Config
 from examples.llama.records import parse_mixture
+
+SEEDS = 1 << 32  # jax.random.key drops higher bits
 
 
 def check(config: Config) -> None:
@@ -43,24 +47,22 @@ def check(config: Config) -> None:
         "warmup_steps": 0,
         "lora_rank": 0,
         "samples": 0,
-        "seed": 0,
         "fisher_records": 1,
         "self_replay_rows": 1,
     }
     for name, least in least_of.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be {least} or above, got {value}")
+        check_least(name, getattr(config, name), least)
+    check_seed(config.seed)
     if config.batch_size % config.accumulate:
         raise ValueError(
             f"accumulate must divide batch_size ({config.batch_size}), got "
             f"{config.accumulate}"
         )
+    _check_devices(config)
     for name in ("model", "tokenizer", "retain_data"):
         if (path := getattr(config, name)) is not None:
             path.stat()  # the error names the file
-    if config.tokenizer is None and not config.model.is_dir():
-        raise ValueError(f"tokenizer must be given, {config.model} is no directory")
+    tokenizer_path(config.tokenizer, config.model)
     kept = [*config.replay, *config.gem, config.fisher_data]
     own = [text is not None and parse_mixture(text)[0] == SELF for text in kept]
     files = [text for text, is_own in zip(kept, own, strict=True) if not is_own]
@@ -73,8 +75,24 @@ def check(config: Config) -> None:
         raise ValueError(f"{config.output}: cannot write to {existing}")
 
 
+def _check_devices(config: Config) -> None:
+    """Raises ValueError for what these devices cannot do, or would do alone."""
+    if config.dtype == "float16" and jax.default_backend() == "cpu":
+        raise ValueError("dtype must be float32 or bfloat16 on CPUs, got float16")
+    names = ("coordinator", "processes", "process_id")
+    given = [name for name in names if getattr(config, name) is not None]
+    if given and not config.distributed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(
+            f"{flags} given without --distributed: each process would train alone"
+        )
+
+
 def _check_kept(config: Config) -> None:
     """Raises ValueError for a bad setting of what works against forgetting."""
+    for text in config.replay:
+        if parse_mixture(text)[0] == text:
+            raise ValueError(f"replay must be FILE:SHARE, got {text!r}")
     kinds = parse_regularizers(config.regularize)
     replayed = [parse_mixture(text)[0] for text in config.replay]
     if replayed.count(SELF) > 1:
@@ -146,3 +164,30 @@ def check_name(argument: str, name: str, allowed: Iterable[str]) -> None:
     """Raises ValueError unless `name` is allowed."""
     if name not in allowed:
         raise ValueError(f"{argument} must be among {', '.join(allowed)}; got {name!r}")
+
+
+def check_least(argument: str, value: float | None, least: int) -> None:
+    """Raises ValueError unless `value` is `least` or above, or None."""
+    if value is not None and value < least:
+        raise ValueError(f"{argument} must be {least} or above, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that is not of 32 bits."""
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must be 0 to {SEEDS - 1}, got {seed}")
+
+
+def tokenizer_path(tokenizer: Path | None, model: Path) -> Path:
+    """Where the tokenizer is: the one given, or the model's own.
+
+    Raises:
+      OSError: The model is not there.
+      ValueError: It is a file, which has none.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    model.stat()  # the error names the file
+    if not model.is_dir():
+        raise ValueError(f"tokenizer must be given, {model} is no directory")
+    return model

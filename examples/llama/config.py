@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.files import read_json_object
+
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Many = tyro.conf.UseAppendAction
 
@@ -225,15 +227,9 @@ class _Early:
 
 def _options(path: Path) -> list[str]:
     """The settings of a JSON file as flags, which then are checked as such."""
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; expected a JSON object") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: {type(values).__name__}; expected a JSON object")
     names = [field.name for field in dataclasses.fields(Config)]
     options = []
-    for name, value in values.items():
+    for name, value in read_json_object(path).items():
         if name not in names:
             allowed = ", ".join(names)
             raise ValueError(f"{path}: unknown setting {name!r}; allowed: {allowed}")
@@ -259,9 +255,11 @@ def settings(config: Config) -> dict[str, Any]:
 
 def same_run(config: Config, path: Path) -> None:
     """Raises ValueError unless the config.json at `path` is of the same run."""
-    stored = json.loads(path.read_text())
-    # What may differ between the parts of a run; data's tuple is a list in JSON.
+    stored = read_json_object(path)
+    # What may differ between the parts of a run, which changes nothing but rounding.
     free = {"preset", "config", "distributed", "coordinator", "processes", "process_id"}
+    free |= {"mesh", "save_every", "keep"}
+    # Through JSON, in which data's tuple is a list.
     for name, value in json.loads(json.dumps(settings(config))).items():
         if name not in free and stored.get(name) != value:
             raise ValueError(

@@ -10,7 +10,6 @@ examples.llama.train. The same command again, after it was stopped or killed, go
 
 import dataclasses
 import itertools
-import json
 import math
 import random
 import sys
@@ -18,20 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples import terminal
-from examples.files import write_json, write_json_lines
+from examples.files import read_json_object, write_json, write_json_lines
 from examples.llama.answers import answer
-from examples.llama.checks import check_name
+from examples.llama.checks import check, check_least, check_name, tokenizer_path
 from examples.llama.config import Config, parse
+from examples.llama.continual_report import draw, table
 from examples.llama.convert import load_model
-from examples.llama.records import Record, read_records
-from examples.llama.report_plots import STYLE
+from examples.llama.records import Message, Record, read_records
+from examples.llama.setup import check_length
 from examples.llama.task_metrics import METRICS
 from examples.llama.tokenizer import load_tokenizer
 from examples.llama.train import train
@@ -119,6 +116,8 @@ def tasks_of(args: Args) -> list[Task]:
         raise ValueError(f"replay_earlier must be 0 to 1, got {args.replay_earlier}")
     if not 0 <= args.ewc_earlier < math.inf:
         raise ValueError(f"ewc_earlier must be 0 or above, got {args.ewc_earlier}")
+    check_least("test_records", args.test_records, 1)
+    check_least("max_new_tokens", args.max_new_tokens, 1)
     missing = [p / f for p in paths for f in FILES if not (p / f).is_file()]
     if missing:
         names = ", ".join(sorted({path.parent.name for path in missing}))
@@ -149,6 +148,9 @@ def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str,
     """
     tasks = tasks_of(args)
     start = _config(args, flags, tasks, 0)
+    check(start)
+    if start.distributed:
+        raise ValueError("distributed is not for continual, which is one process")
     path = args.output / "scores.json"
     fixed = {
         "tasks": [task.name for task in tasks],
@@ -158,13 +160,7 @@ def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str,
     }
     results: dict[str, Any] = fixed | {"before": None, "scores": []}
     if path.exists():
-        results = json.loads(path.read_text())
-        for name, value in fixed.items():
-            if results[name] != value:
-                raise ValueError(
-                    f"{args.output}: holds scores of {name} {results[name]}, not "
-                    f"{value}; give another output"
-                )
+        results = _scored(path, fixed)
     if results["before"] is None:
         results["before"] = _scores(args, start, start.model, tasks, progress)
         args.output.mkdir(parents=True, exist_ok=True)
@@ -184,6 +180,20 @@ def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str,
     return results
 
 
+def _scored(path: Path, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The scores so far; ValueError unless they are of the same run."""
+    results = read_json_object(path)
+    for name, value in fixed.items():
+        if (found := results.get(name)) != value:
+            raise ValueError(
+                f"{path}: holds scores of {name} {found}, not {value}; give another "
+                "output"
+            )
+    if not results.keys() >= {"before", "scores"}:
+        raise ValueError(f"{path}: expected before and scores")
+    return results
+
+
 def summary(results: dict[str, Any]) -> dict[str, float]:
     """OP; and of two tasks or more BWT and FWT."""
     scores = results["scores"]
@@ -192,43 +202,6 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
         found["bwt"] = backward_transfer(scores)
         found["fwt"] = forward_transfer(scores, results["before"])
     return found
-
-
-def table(results: dict[str, Any]) -> str:
-    """The matrix as text, a row for each task learned."""
-    names = results["tasks"]
-    width = max(map(len, ("pretrained", *names)))
-    lines = [" ".join([" " * width, *(f"{name[:9]:>9}" for name in names)])]
-    rows = zip(
-        ("pretrained", *names), (results["before"], *results["scores"]), strict=False
-    )
-    for name, scores in rows:
-        lines.append(" ".join([f"{name:{width}}", *(f"{x:9.1f}" for x in scores)]))
-    for key in ("op", "bwt", "fwt"):
-        if key in results:
-            lines.append(f"{key.upper():{width}} {results[key]:9.2f}")
-    return "\n".join(lines)
-
-
-def draw(results: dict[str, Any], image: Path) -> None:
-    """The matrix as a heat map."""
-    names = results["tasks"]
-    values = np.array([results["before"], *results["scores"]])
-    with matplotlib.rc_context(STYLE):
-        size = 2.5 + 0.8 * len(names)
-        figure = Figure(figsize=(size, 0.7 * size), layout="constrained")
-        axes = figure.subplots()
-        shown = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        rows = ["pretrained", *(f"after {name}" for name in names)]
-        axes.set_yticks(range(len(values)), rows[: len(values)])
-        for (t, i), value in np.ndenumerate(values):
-            ink = "black" if value > 55 else "white"
-            axes.text(i, t, f"{value:.1f}", ha="center", va="center", color=ink)
-        axes.spines[:].set_visible(False)
-        axes.set_title("Score on each task's test")
-        figure.colorbar(shown, label="score")
-        figure.savefig(image, dpi=150)
 
 
 def _config(args: Args, flags: Sequence[str], tasks: list[Task], t: int) -> Config:
@@ -244,7 +217,7 @@ def _config(args: Args, flags: Sequence[str], tasks: list[Task], t: int) -> Conf
     changes: dict[str, Any] = {
         # What is drawn is drawn anew for each task, half fine-tuning's half too.
         "seed": config.seed + t,
-        "tokenizer": config.tokenizer or config.model,
+        "tokenizer": tokenizer_path(config.tokenizer, config.model),
     }
     if t:
         changes["model"] = _output(args, tasks, t - 1) / "model"
@@ -297,19 +270,22 @@ def _all_earlier(args: Args, earlier: list[Task]) -> Path:
 
 def _write(path: Path, records: list[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (
-        {"messages": [message._asdict() for message in record.content]}
-        for record in records
-    )
-    write_json_lines(path, lines)
+    write_json_lines(path, (_line(record.content) for record in records))
+
+
+def _line(content: tuple[Message, ...] | str) -> dict[str, Any]:
+    if isinstance(content, str):
+        return {"text": content}
+    return {"messages": [message._asdict() for message in content]}
 
 
 def _scores(
     args: Args, config: Config, model: Path, tasks: list[Task], progress: bool
 ) -> list[float]:
     """The model's score on each task's test."""
-    tokenizer = load_tokenizer(config.tokenizer)
     llama = load_model(model, dtype=config.dtype, param_dtype=config.param_dtype)
+    check_length(config, llama)
+    tokenizer = load_tokenizer(config.tokenizer, llama.config.vocab_size)
     found = []
     style = terminal.bar_style()
     for task in tqdm(tasks, desc="scoring", disable=not progress, **style):

@@ -12,7 +12,6 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,8 @@ from jax.typing import DTypeLike
 
 from examples import terminal
 from examples.llama.architectures import LlamaConfig
+from examples.llama.checks import tokenizer_path
+from examples.llama.config import DTypeName
 from examples.llama.huggingface import load_hugging_face, save_hugging_face
 from examples.llama.model import Llama
 from examples.llama.parameters import Sharding, build
@@ -204,15 +205,15 @@ class Args:
     """A llama2.c tokenizer, or a directory with tokenizer.json; else the model's."""
     output: Path
     """The directory to write."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DTypeName = "float32"
     """Of the weights in it."""
 
 
 def convert(args: Args) -> None:
     """Writes model and tokenizer as a Hugging Face directory; errors as of both."""
+    path = tokenizer_path(args.tokenizer, args.model)
     model = load_model(args.model, param_dtype=args.dtype)
-    size = model.config.vocab_size
-    tokenizer = load_tokenizer(args.tokenizer or args.model, size)
+    tokenizer = load_tokenizer(path, model.config.vocab_size)
     source = args.model if args.model.is_dir() else None
     save_hugging_face(model, args.output, source=source)
     save_tokenizer(tokenizer, args.output)

@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import lm_eval
 import tyro
+from datasets.exceptions import DatasetGenerationError
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from examples import terminal
 from examples.files import write_json
+from examples.llama.checks import check_least, check_seed, tokenizer_path
 from examples.llama.convert import load_model
 from examples.llama.harness import JaxLM
 from examples.llama.log import environment
@@ -119,18 +121,21 @@ def evaluate(args: Args) -> dict[str, Any]:
         max_length=args.max_length,
         seed=args.seed,
     )
-    with jax.set_mesh(mesh):
-        found = lm_eval.simple_evaluate(
-            lm,
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            apply_chat_template=args.apply_chat_template,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-            confirm_run_unsafe_code=args.allow_code_execution,
-        )
+    try:
+        with jax.set_mesh(mesh):
+            found = lm_eval.simple_evaluate(
+                lm,
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=args.num_fewshot,
+                limit=args.limit,
+                apply_chat_template=args.apply_chat_template,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+                confirm_run_unsafe_code=args.allow_code_execution,
+            )
+    except DatasetGenerationError as error:  # whose cause tells what is wrong
+        raise ValueError(f"tasks: {error} of {args.tasks}: {error.__cause__}") from None
     return {key: found[key] for key in KEPT if key in found} | {
         "general_abilities": general_abilities(found["results"]),
         "arguments": dataclasses.asdict(args),
@@ -162,10 +167,10 @@ def general_abilities(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def _check(args: Args) -> None:
     for name, least in {"batch_size": 1, "limit": 1, "num_fewshot": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be {least} or above, got {value}")
+        check_least(name, getattr(args, name), least)
+    check_seed(args.seed)
     args.model.stat()  # the error names it
+    tokenizer_path(args.tokenizer, args.model)
     if (path := args.include_path) is not None and not path.is_dir():
         raise ValueError(f"include_path must be a directory, got {path}")
     if (path := args.output) is not None:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from examples import terminal
+from examples.llama.checks import check_least, check_seed, tokenizer_path
 from examples.llama.convert import load_model
 from examples.llama.model import Cache, Llama
 from examples.llama.tokenizer import load_tokenizer
@@ -199,8 +200,7 @@ def _check_prompts(
 def _check_options(
     max_new_tokens: int, temperature: float = 0.0, key: jax.Array | None = None
 ) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or above, got {max_new_tokens}")
+    check_least("max_new_tokens", max_new_tokens, 1)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or above, got {temperature}")
     if temperature > 0 and key is None:
@@ -296,10 +296,14 @@ class Args:
 
 def continue_text(args: Args) -> str:
     """The prompt and its continuation; errors as of `generate` and the loaders."""
-    if not 0 <= args.seed < 1 << 32:  # jax.random.key would drop the higher bits
-        raise ValueError(f"seed must be 0 to {(1 << 32) - 1}, got {args.seed}")
+    check_seed(args.seed)
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:  # of bytes that Python could not decode
+        raise ValueError(f"prompt: {error}; expected UTF-8") from None
+    path = tokenizer_path(args.tokenizer, args.model)
     model = load_model(args.model)
-    tokenizer = load_tokenizer(args.tokenizer or args.model, model.config.vocab_size)
+    tokenizer = load_tokenizer(path, model.config.vocab_size)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = start + tokenizer.encode(args.prompt)
     new = generate(

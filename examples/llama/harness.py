@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, hash_string, make_disjoint_
 from tqdm import tqdm
 
 from examples import terminal
+from examples.llama.checks import check_least
 from examples.llama.generate import decode, left_padded, prefill
 from examples.llama.loss import pick
 from examples.llama.model import Llama
@@ -72,8 +73,7 @@ class JaxLM(TemplateLM):
         super().__init__()
         limit = model.config.max_position_embeddings
         max_length = limit if max_length is None else max_length
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or above, got {batch_size}")
+        check_least("batch_size", batch_size, 1)
         if not 2 <= max_length <= limit:
             raise ValueError(f"max_length must be 2 to {limit}, got {max_length}")
         self.model, self.tokenizer = model, tokenizer

@@ -170,6 +170,10 @@ def _dataset(path: str) -> Iterator[tuple[int, Any]]:
     except ImportError:
         raise ValueError(f"{path}: needs `pip install datasets`") from None
     name, config, split = (*path.removeprefix("hf:").split(":", 2), "", "")[:3]
+    if not name:
+        raise ValueError(
+            f"{path!r} names no data set; expected hf:NAME[:CONFIG][:SPLIT]"
+        )
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     except OSError:

@@ -91,7 +91,6 @@ def write_report(
     after: Numbers,
     per_tensor: Tensors,
     samples: Sequence[Mapping[str, str]],
-    notes: Sequence[str] = (),
 ) -> None:
     """Writes a report as one HTML file with its images inside.
 
@@ -113,7 +112,6 @@ def write_report(
         are then shown relative), "touched" (0 to 1), and "size" (its entries, by
         which the shares of a layer's two norms are weighted).
       samples: Each with "prompt", "before", "after", and "expected" if that is known.
-      notes: Sentences to show first.
 
     Raises:
       OSError: The file cannot be written. What was at `path` is still there.
@@ -126,7 +124,7 @@ def write_report(
     )
     page = environment.get_template("report.html.jinja").render(
         title=title,
-        notes=[*notes, *_not_finite(metrics)],
+        notes=list(_not_finite(metrics)),
         summary=list(_summary(before, after)),
         speed=list(_speed(after)),
         curves=list(_curves(metrics)),

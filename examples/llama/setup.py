@@ -129,7 +129,7 @@ def set_up(
         tokenizer=tokenizer,
         datasets=datasets,
         steps=steps,
-        state=init_state(optimizer, params, config.seed, mesh),
+        state=init_state(optimizer, params, mesh),
         fixed=Fixed(frozen, pretrained if needed else None, fisher),
         architecture=model.config,
         graph=graph,
@@ -187,13 +187,18 @@ def by_name(datasets: Datasets) -> dict[str, data.Dataset]:
     return {k: v for k, v in (dict(training) | others).items() if v is not None}
 
 
-def check_model(config: Config, model: Llama, datasets: Datasets) -> None:
-    """Raises ValueError where the tokens do not fit the model."""
+def check_length(config: Config, model: Llama) -> None:
+    """Raises ValueError where the rows are longer than the model's positions."""
     limit = model.config.max_position_embeddings
     if config.max_length > limit:
         raise ValueError(
             f"max_length must be up to the model's {limit}, got {config.max_length}"
         )
+
+
+def check_model(config: Config, model: Llama, datasets: Datasets) -> None:
+    """Raises ValueError where the tokens do not fit the model."""
+    check_length(config, model)
     for name, dataset in by_name(datasets).items():
         if (highest := dataset.tokens.max()) >= model.config.vocab_size:
             raise ValueError(

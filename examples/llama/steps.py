@@ -20,7 +20,6 @@ class TrainState(NamedTuple):
     params: nnx.State  # those that are trained
     opt_state: Any
     step: jax.Array  # int32 [], steps done
-    key: jax.Array  # uint32 data of a random key, for methods that draw
 
 
 class Fixed(NamedTuple):
@@ -32,15 +31,15 @@ class Fixed(NamedTuple):
 
 
 def init_state(
-    optimizer: optax.GradientTransformation, params: nnx.State, seed: int, mesh: Mesh
+    optimizer: optax.GradientTransformation, params: nnx.State, mesh: Mesh
 ) -> TrainState:
     """The state before the first step, each moment lying where its parameter does."""
     # Optax mixes dtypes (decay**count), which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         shardings = state_shardings(optimizer, params, mesh)
         opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    step, key = jnp.int32(0), jax.random.key_data(jax.random.key(seed))
-    return TrainState(params, opt_state, *jax.device_put((step, key), replicated(mesh)))
+    step = jax.device_put(jnp.int32(0), replicated(mesh))
+    return TrainState(params, opt_state, step)
 
 
 def make_step(
@@ -117,7 +116,7 @@ def make_step(
         }
         params = optax.apply_updates(params, updates)
         # In the order of the donated inputs: each reuses its predecessor's buffer.
-        return TrainState(params, opt_state, state.step + 1, state.key), metrics
+        return TrainState(params, opt_state, state.step + 1), metrics
 
     return train_step
 

@@ -264,6 +264,20 @@ def _memory() -> float:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def _join(config: Config) -> None:
+    """Starts jax.distributed; ValueError where it does not know of what."""
+    address = config.coordinator
+    if address is not None and ":" not in address:
+        raise ValueError(f"coordinator must be HOST:PORT, got {address!r}")
+    try:
+        jax.distributed.initialize(address, config.processes, config.process_id)
+    except ValueError as error:
+        raise ValueError(
+            f"distributed: {error} Where JAX does not recognise the cluster, give "
+            "--coordinator, --processes and --process-id"
+        ) from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line.
 
@@ -273,9 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with terminal.errors_on_one_line("train"):
         config = parse(argv, "python -m examples.llama.train", __doc__)
         if config.distributed:
-            jax.distributed.initialize(
-                config.coordinator, config.processes, config.process_id
-            )
+            _join(config)
         train(config)
 
 

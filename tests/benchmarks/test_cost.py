@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from benchmarks import cost, cost_report
+from examples.llama.log import environment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "cost.json"
@@ -30,6 +31,22 @@ def test_all_sections_run_and_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost, "time_in_turns", None)
     cost.main(argv)
     assert json.loads(output.read_text()) == results
+
+
+def test_bad_arguments(tmp_path, capsys):
+    output = tmp_path / "cost.json"
+    settings = {"repeats": 2, "tiny": True}
+    written = json.dumps({"settings": settings} | environment() | {"device": "abacus"})
+    output.write_text(written)
+    for flags, message in (
+        (["--repeats=0"], "repeats must be 1 or above, got 0"),
+        (["--tiny", "--repeats=2"], "of other settings, device 'abacus' instead of"),
+        ([f"--output={tmp_path / 'x.txt'}"], "output must end in .json"),
+    ):
+        with pytest.raises(SystemExit):
+            cost.main([f"--output={output}", *flags])
+        assert message in capsys.readouterr().err
+    assert output.read_text() == written
 
 
 def test_table_is_that_of_the_results():

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from benchmarks import facts, facts_report
-from benchmarks.facts_variants import VARIANTS, Context, falling, rising
+from benchmarks.facts_optimizers import Context, falling, rising
+from benchmarks.facts_variants import VARIANTS
 from examples import quickstart
 from examples.quickstart import make_model
 
@@ -60,6 +61,7 @@ def short(monkeypatch, names, **changes):
     monkeypatch.setattr(quickstart, "pretrain", lambda config, old: make_model(config))
 
 
+@pytest.mark.slow
 def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     names = ("adamw, usual", "ewc", "self", "wise-ft")
     short(monkeypatch, names, rates=(1e-3, 1e-2), batch_size=50)
@@ -76,6 +78,7 @@ def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert by_name["ewc", 1e-2]["kl"] != usual["kl"]
     assert by_name["self", 1e-2]["kl"] < usual["kl"]
     assert 0 < usual["touched"] <= 1 and usual["kl"] > 0
+    assert usual["device"] and usual["versions"]["jax"] == jax.__version__
 
     done = results["runs"]
     facts.main([*flags, "--seeds=2"])
@@ -117,10 +120,25 @@ def test_gaps_at_matched_losses(tmp_path):
     assert not facts_report.gaps(made_up(), "kl", 1e-6)
 
 
+def test_runs_of_several_machines():
+    """Older files have one device and versions for all that have none themselves."""
+    results = made_up()
+    results["runs"][-1] |= {"device": "Z3", "versions": {"jax": "2"}}
+    assert "jax 1; jax 2, on Z3, abacus. Written" in facts_report.report(results)
+    results = made_up()
+    made = {name: results.pop(name) for name in ("device", "versions")}
+    results["runs"] = [run | made for run in results["runs"]]
+    assert facts_report.report(results) == facts_report.report(made_up())
+
+
 def test_bad_arguments(tmp_path, capsys):
+    other = tmp_path / "other.json"
+    other.write_text('{"runs": [{"method": "adamw"}]}')
     for flags, message in (
         (["--variants", "sgd"], "variants must be among adamw, usual"),
+        (["--seeds=0"], "seeds must be 1 or above, got 0"),
         (["--output=x.txt"], "output must end in .json"),
+        ([f"--output={other}"], "other.json: expected a JSON object with runs of"),
     ):
         with pytest.raises(SystemExit):
             facts.main([f"--output={tmp_path / 'x.json'}", *flags])

@@ -10,6 +10,7 @@ from benchmarks import forgetting, forgetting_report, matched
 from benchmarks.forgetting import Args, main, measure
 from benchmarks.forgetting_methods import METHODS
 from examples.llama.checks import check
+from examples.llama.records import read_records
 from tests.examples.llama.training import write_files
 
 SHIFTS = {"adamw": 0.0, "mofo": -0.1, "hft": 0.2}
@@ -141,6 +142,19 @@ def test_every_method_is_a_configuration(tmp_path, name):
         assert config.learning_rate == 2 * rate
 
 
+def test_held_out_records(tmp_path):
+    """Whole lines, also where a text has characters that end lines elsewhere."""
+    records = [{"text": f"{i} \u2028 \x85 \x0b"} for i in range(3)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path = tmp_path / "eval.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    paths = dict.fromkeys(("model", "data", "eval_data", "retain_data"), path)
+    args = Args(output=tmp_path / "x.json", eval_records=2, **paths)
+    found = read_records(args.held_out(tmp_path)).records
+    assert [record.content for record in found] == [r["text"] for r in records[:2]]
+
+
+@pytest.mark.slow
 def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     paths = write_files(tmp_path)
     paths["data"] = paths["data"][0]
@@ -173,7 +187,8 @@ def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert output.with_suffix(".md").read_text() in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*flags, f"--output={output}", "--rate-scale=2"])
-    assert "holds runs of other settings" in capsys.readouterr().err
+    message = "frontier.json: of other settings, rate_scale 1.0 instead of 2.0;"
+    assert message in capsys.readouterr().err
 
 
 def test_ends_in_time(tmp_path, capsys):
@@ -191,6 +206,10 @@ def test_bad_arguments(tmp_path):
     args = Args(output=tmp_path / "x.json", methods=("sgd",), **paths)
     with pytest.raises(ValueError, match=r"methods must be among adamw, .*'sgd'"):
         measure(args)
+    for name in ("seeds", "workers"):
+        args = Args(output=tmp_path / "x.json", **{name: 0})
+        with pytest.raises(ValueError, match=f"{name} must be 1 or above, got 0"):
+            measure(args)
     args = Args(output=tmp_path / "x.json", suite="tpu")
     with pytest.raises(ValueError, match="suite must be among stories260k, gpu; got"):
         measure(args)

@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
+
 from benchmarks import loss_memory
-from benchmarks.loss_memory import Args, measure, table
+from benchmarks.loss_memory import main, table
 from examples.llama.architectures import LlamaConfig
 
 SMALL = LlamaConfig(
@@ -16,13 +18,27 @@ SMALL = LlamaConfig(
 )
 
 
-def test_chunks_bound_the_memory(tmp_path, monkeypatch):
+def test_chunks_bound_the_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(loss_memory.ARCHITECTURES, "small", SMALL)
-    output = tmp_path / "memory.json"
-    results = measure(Args(output=output, architecture="small", batch_sizes=(4, 16)))
-    assert json.loads(output.read_text())["rows"] == results["rows"]
+    output = tmp_path / "new" / "memory.json"
+    main([f"--output={output}", "--architecture=small", "--batch-sizes", "4", "16"])
+    results = json.loads(output.read_text())
+    assert table(results) in capsys.readouterr().out
     few, many = results["rows"]
     assert many["logits_bytes"] == 4 * 16 * 1024 * 60_000
     assert many["plain_bytes"] > many["logits_bytes"] > 2 * many["chunked_bytes"]
     assert many["chunked_bytes"] < 1.2 * few["chunked_bytes"]
     assert "3,750" in table(results).splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--architecture=gpt2", "architecture must be among llama2-7b, tinyllama"),
+        ("--output=x.txt", "output must end in .json"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, flag, message):
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--output={tmp_path / 'x.json'}", flag])
+    assert message in capsys.readouterr().err

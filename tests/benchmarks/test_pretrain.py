@@ -19,7 +19,7 @@ TOY = {
     "max-length": 48,
     "learning-rate": 1e-2,
     "dtype": "float32",
-    "held-out-kilobytes": 1,
+    "retained-kilobytes": 1,
 }
 
 
@@ -51,12 +51,12 @@ def test_the_suite_for_gpus_end_to_end(tmp_path, capsys, monkeypatch):
     result = json.loads((out / "run" / "result.json").read_text())
     before, after = (result[x]["retain_loss"] for x in ("before", "after"))
     assert after < before - 0.1
-    held_out = (out / "held_out.txt").read_text()
+    retained = (out / "retained.txt").read_text()
     lines = (out / "sources.jsonl").read_text().splitlines()
     records = [json.loads(line)["text"] for line in lines]
-    assert len(held_out) > 100 and not set(records) & set(held_out.splitlines(True))
-    assert all(record not in held_out for record in records)
-    assert "elsewhere" not in held_out + "".join(records)
+    assert len(retained) > 100 and not set(records) & set(retained.splitlines(True))
+    assert all(record not in retained for record in records)
+    assert "elsewhere" not in retained + "".join(records)
     tokenizer = load_tokenizer(out / "run" / "model")
     assert tokenizer.decode(tokenizer.encode(records[0])) == records[0]
 
@@ -90,7 +90,8 @@ def test_goes_on_or_refuses(tmp_path, capsys, monkeypatch):
     written = start.stat().st_mtime_ns
     with pytest.raises(SystemExit):
         pretrain.main(flags(tmp_path, steps=9))
-    assert "of other settings; give another output" in capsys.readouterr().err
+    message = "prepared.json: of other settings, steps 8 instead of 9;"
+    assert message in capsys.readouterr().err
     pretrain.main(flags(tmp_path))
     assert start.stat().st_mtime_ns == written
     assert (tmp_path / "out" / "run" / "model" / "config.json").exists()

@@ -45,5 +45,29 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
 @jax.numpy_dtype_promotion("standard")
 def test_gives_up_clearly(tmp_path):
     config = quickstart.Config(output=tmp_path, pretraining_steps=20)
-    with pytest.raises(RuntimeError, match=r"after 20 steps .* --pretraining-steps"):
+    with pytest.raises(ValueError, match=r"after 20 steps .* --pretraining-steps"):
         quickstart.main(config)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--pretraining-steps=19", "pretraining_steps must be 20 or above, got 19"),
+        ("--hidden-size=63", "hidden_size must be a multiple of 8, got 63"),
+        ("--hidden-size=0", "hidden_size must be a multiple of 8, got 0"),
+        ("--seed=-1", "seed must be 0 to 4294967295, got -1"),
+        ("--steps=0", "steps must be 1 or above, got 0"),
+        ("--new-names=401", "new_names must be 1 to 400, got 401"),
+        ("--output=file", "File exists: 'file'"),
+        ("--output=file/below", "Not a directory: 'file/below'"),
+    ],
+)
+def test_bad_arguments(tmp_path, monkeypatch, capsys, option, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        quickstart.command([option])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert err.startswith("quickstart: ") and err.endswith(message + "\n")
+    assert err.count("\n") == 1

@@ -415,7 +415,7 @@ PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
         (
             lambda: mofo(block_axes={"w": 0}),
             ValueError,
-            "(?s)block_axes must have the structure of the parameters.*children",
+            "(?s)block_axes must have the structure of the parameters.*(children|keys)",
         ),
         (lambda: mofo(block_axes={"w": 0, "b": 0.5}), TypeError, "block_axes must be"),
         (lambda: mofo(block_axes=jnp.int32(0)), TypeError, "static_args"),

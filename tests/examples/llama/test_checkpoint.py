@@ -38,7 +38,7 @@ def state():
     mesh = make_mesh("fsdp=2")
     params = nnx.state(make(param_dtype=jnp.bfloat16), nnx.Param)
     params = jax.device_put(params, replicated(mesh))
-    return init_state(mofo(1e-3, 0.1), params, 7, mesh)
+    return init_state(mofo(1e-3, 0.1), params, mesh)
 
 
 def test_round_trip(tmp_path, state):
@@ -93,7 +93,7 @@ def test_another_model(tmp_path, state):
     checkpoints.save(2, state, {})
     checkpoints.finish()
     params = nnx.state(make(num_hidden_layers=3), nnx.Param)
-    other = init_state(optax.adamw(1e-3), params, 7, make_mesh("fsdp=1"))
+    other = init_state(optax.adamw(1e-3), params, make_mesh("fsdp=1"))
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '2'}: cannot be")):
         checkpoints.restore(other)
     checkpoints.close()

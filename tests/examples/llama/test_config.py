@@ -145,6 +145,9 @@ BAD = [
     ({"interpolate": "0:2"}, "interpolate must be 0 to 1, got '0:2'"),
     ({"replay": ("self:1", "self:2")}, "replay must name self at most once"),
     ({"replay": ("absent:0.1",)}, "'absent'"),
+    ({"replay": (__file__,)}, f"replay must be FILE:SHARE, got '{__file__}'"),
+    ({"replay": ("self",)}, "replay must be FILE:SHARE, got 'self'"),
+    ({"replay": ("hf:a/b::train",)}, "replay must be FILE:SHARE, got 'hf:a/b::train'"),
     ({"gem": ("absent",)}, "'absent'"),
     ({"gem_margin": -1.0}, "gem_margin must be 0 or above, got -1.0"),
     ({"self_replay_rows": 0}, "self_replay_rows must be 1 or above, got 0"),
@@ -167,7 +170,14 @@ BAD = [
     ({"eval_every": 0}, "eval_every must be 1 or above, got 0"),
     ({"save_every": 0}, "save_every must be 1 or above, got 0"),
     ({"keep": 0}, "keep must be 1 or above, got 0"),
-    ({"seed": -1}, "seed must be 0 or above, got -1"),
+    ({"seed": -1}, "seed must be 0 to 4294967295, got -1"),
+    ({"seed": 1 << 32}, "seed must be 0 to 4294967295, got 4294967296"),
+    ({"dtype": "float16"}, "dtype must be float32 or bfloat16 on CPUs, got float16"),
+    (
+        {"coordinator": "a:1", "processes": 2, "process_id": 0},
+        "--coordinator, --processes, --process-id given without --distributed",
+    ),
+    ({"process_id": 0}, "--process-id given without --distributed"),
     ({"warmup_steps": -1}, "warmup_steps must be 0 or above, got -1"),
     ({"lora_rank": -1}, "lora_rank must be 0 or above, got -1"),
     ({"samples": -1}, "samples must be 0 or above, got -1"),
@@ -196,7 +206,13 @@ def test_same_run(tmp_path):
     path.write_text(json.dumps(settings(config)))
     same_run(config, path)
     same_run(dataclasses.replace(config, distributed=True, processes=2), path)
+    same_run(dataclasses.replace(config, mesh="fsdp=2", keep=1, save_every=9), path)
     with pytest.raises(
         ValueError, match="holds a run with seed 0, not 1; give another"
     ):
         same_run(dataclasses.replace(config, seed=1), path)
+    for text in ("[]", "{", "\0", '"seed"'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: ")) as caught:
+            same_run(config, path)
+        assert str(caught.value).endswith("; expected a JSON object")

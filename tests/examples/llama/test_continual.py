@@ -18,6 +18,7 @@ from examples.llama.convert import load_model
 from examples.llama.generate import generate
 from examples.llama.records import read_records
 from examples.llama.tokenizer import load_tokenizer
+from tests.examples.llama.llama2c_files import BASE, write_tokenizer
 from tests.examples.llama.training import ROOT, write_files
 from tests.processes import environment
 
@@ -216,6 +217,8 @@ BAD = [
     ({"metrics": ("bleu",)}, "metrics must be among exact_match, "),
     ({"replay_earlier": 2.0}, "replay_earlier must be 0 to 1, got 2.0"),
     ({"ewc_earlier": -1.0}, "ewc_earlier must be 0 or above, got -1.0"),
+    ({"test_records": 0}, "test_records must be 1 or above, got 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be 1 or above, got 0"),
 ]
 
 
@@ -248,3 +251,57 @@ def test_missing_tasks(world, tmp_path, capsys):
 def test_flags_of_the_tasks_own(world, tmp_path):
     with pytest.raises(ValueError, match="--steps is what the tasks give"):
         run(args_of(world, tmp_path), [*flags_of(world), "--steps=3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alpha=0"], "alpha must be above 0 and up to 1, got 0.0"),
+        (["--method=sgd"], "method must be one of adamw, "),
+        (["--max-length=65"], "max_length must be up to the model's 64, got 65"),
+        (["--distributed"], "distributed is not for continual"),
+        (["--tokenizer=tok.bin"], "tok.bin: 261 tokens, expected the model's vocab_si"),
+        (["--model=tok.bin"], "tokenizer must be given, tok.bin is no directory"),
+    ],
+)
+def test_flags_are_checked_before_the_first_scores(
+    world, tmp_path, monkeypatch, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(continual, "answer", None)
+    write_tokenizer(tmp_path / "tok.bin", ["<unk>", *BASE, " ", "a"])
+    with pytest.raises(ValueError) as caught:
+        run(args_of(world, tmp_path / "run"), [*flags_of(world), *flags])
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_scores(world, plain, tmp_path):
+    scores = json.loads((plain[0] / "scores.json").read_text())
+    del scores["before"]
+    path = tmp_path / "scores.json"
+    texts = {
+        "{}": "holds scores of tasks None, not ['first', 'second']; give another",
+        "{": "expected a JSON object",
+        "[]": "list; expected a JSON object",
+        json.dumps(scores): "expected before and scores",
+    }
+    for text, message in texts.items():
+        path.write_text(text)
+        with pytest.raises(ValueError) as caught:
+            run(args_of(world, tmp_path), flags_of(world), progress=False)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert message in str(caught.value)
+
+
+def test_plain_text_is_seen_again(world, tmp_path):
+    tasks = (tmp_path / "text", world[0] / "second")
+    shutil.copytree(world[0] / "first", tasks[0])
+    texts = [{"text": f"Number {i}."} for i in range(4)]
+    (tasks[0] / "train.json").write_text(json.dumps(texts))
+    args = args_of(world, tmp_path / "run", replay_earlier=1.0)
+    args = dataclasses.replace(args, tasks=tasks)
+    second = continual._config(args, flags_of(world), tasks_of(args), 1)
+    path, _, share = second.replay[0].rpartition(":")
+    kept = [record.content for record in read_records(path).records]
+    assert kept == [text["text"] for text in texts] and float(share) == 4 / 24

@@ -228,6 +228,10 @@ def test_command(tmp_path, capsys):
     text = "héllo"
     ids = load_tokenizer(tokenizer).encode(text)
     assert load_tokenizer(output).encode(text) == ids and len(ids) > 5
+    with pytest.raises(SystemExit):
+        main([options[0], f"--output={tmp_path / 'other'}"])
+    expected = f"convert: tokenizer must be given, {model} is no directory\n"
+    assert capsys.readouterr().err == expected
     with pytest.raises(SystemExit) as caught:
         main([*options[:2], f"--output={tmp_path}"])
     err = capsys.readouterr().err

@@ -215,6 +215,7 @@ def test_general_abilities():
     [
         (["--model", "absent"], "No such file or directory: 'absent'"),
         (["--tokenizer", "absent"], "No such file or directory: 'absent'"),
+        (["--seed", "-1"], "seed must be 0 to 4294967295, got -1"),
         (["--batch-size", "0"], "batch_size must be 1 or above, got 0"),
         (["--limit", "0"], "limit must be 1 or above, got 0"),
         (["--num-fewshot", "-1"], "num_fewshot must be 0 or above, got -1"),
@@ -236,3 +237,17 @@ def test_errors(options, more, message, capsys, tmp_path, monkeypatch):
     assert caught.value.code == 2 and out == ""
     assert last.startswith("evaluate: ") and message in last
     assert not any(tmp_path.iterdir())
+
+
+def test_a_broken_data_set(options, data_dir, tmp_path, capsys):
+    write_tasks(tmp_path, (data_dir / "tinystories_excerpt.txt").read_text())
+    (tmp_path / "questions.jsonl").write_text('{"before": \n')
+    folder = ["--include-path", str(tmp_path)]
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([*options, *folder, "--tasks", "stories_choice"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2
+    start = (
+        "evaluate: tasks: An error occurred while generating the dataset of stories_"
+    )
+    assert last.startswith(start) and "JSON parse error: Invalid value" in last

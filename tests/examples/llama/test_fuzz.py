@@ -19,6 +19,7 @@ from examples.llama.records import read_records
 from examples.llama.tokenizer import load_tokenizer
 from tests.examples.llama.huggingface_files import CONFIG, write_checkpoint
 from tests.examples.llama.llama2c_files import BASE, write_llama2c, write_tokenizer
+from tests.examples.llama.training import files_below
 
 PLACE = st.integers(min_value=0)
 
@@ -52,14 +53,6 @@ def apply(data, damage):
         else:
             data = data[:i] + data[j:]
     return data
-
-
-def files_below(root):
-    return {
-        (path.relative_to(root), path.stat().st_mtime_ns)
-        for path in root.rglob("*")
-        if path.is_file()
-    }
 
 
 @contextlib.contextmanager

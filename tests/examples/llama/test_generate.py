@@ -338,6 +338,7 @@ def test_command_prompt(small, capsys):
         (["--max-new-tokens", "0"], "max_new_tokens must be 1 or above, got 0"),
         (["--temperature", "-1"], "temperature must be 0 or above, got -1.0"),
         (["--seed", "-1"], "seed must be 0 to 4294967295, got -1"),
+        (["--prompt", "a\udcff"], "prompt: 'utf-8' codec can't encode character"),
         (["--model", "absent.bin"], "No such file or directory: 'absent.bin'"),
         (["--tokenizer", "absent.bin"], "No such file or directory: 'absent.bin'"),
         (["--model", "."], ".: expected model.safetensors"),
@@ -362,3 +363,12 @@ def test_command_line_errors(small, options, capsys):
         main([*small, *options])
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == "" and options[0] in err
+
+
+def test_command_without_a_tokenizer(tmp_path, capsys):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(["--model", str(path)])
+    expected = f"generate: tokenizer must be given, {path} is no directory\n"
+    assert capsys.readouterr().err == expected

@@ -373,33 +373,28 @@ def test_too_many_tokens():
         ),
         ({"head_dim": 7}, "head_dim must be positive and even, got 7"),
         ({"head_dim": -2}, "head_dim must be positive and even, got -2"),
-        ({"num_heads": 4}, "unexpected keyword argument 'num_heads'"),
-        ({"rope_scaling": {"factor": 8.0}}, "'low_freq_factor'"),
+    ],
+)
+def test_bad_config(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_head_dim_by_default():
+    assert dataclasses.replace(CONFIG, head_dim=None).head_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_type": "yarn"}, "rope_type must be 'llama3', got 'yarn'"),
+        ({"factor": -8.0}, "factor must be a positive float, got -8.0"),
         (
-            {"rope_scaling": dataclasses.asdict(SCALING) | {"rope_type": "yarn"}},
-            "rope_type must be 'llama3', got 'yarn'",
-        ),
-        (
-            {"rope_scaling": dataclasses.asdict(SCALING) | {"factor": -8.0}},
-            "factor must be a positive float, got -8.0",
-        ),
-        (
-            {"rope_scaling": dataclasses.asdict(SCALING) | {"high_freq_factor": 1.0}},
+            {"high_freq_factor": 1.0},
             "high_freq_factor must be above low_freq_factor (1.0), got 1.0",
         ),
     ],
 )
-def test_bad_config(changes, message):
-    values = dataclasses.asdict(CONFIG) | changes
+def test_bad_rope_scaling(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        LlamaConfig.from_dict(values)
-
-
-def test_config_round_trip():
-    config = dataclasses.replace(CONFIG, rope_scaling=SCALING, tie_word_embeddings=True)
-    assert LlamaConfig.from_dict(dataclasses.asdict(config)) == config
-    assert config.head_dim == 8
-    missing = dataclasses.asdict(CONFIG)
-    del missing["vocab_size"]
-    with pytest.raises(ValueError, match="vocab_size"):
-        LlamaConfig.from_dict(missing)
+        dataclasses.replace(SCALING, **changes)

@@ -286,6 +286,8 @@ def test_datasets_library(tmp_path, monkeypatch):
         read_records(f"{name}:other")
     with pytest.raises(FileNotFoundError, match="absent"):
         read_records(f"hf:{tmp_path}/absent")
+    with refused("'hf:' names no data set; expected hf:NAME[:CONFIG][:SPLIT]"):
+        read_records("hf:")
 
 
 @pytest.mark.parametrize(

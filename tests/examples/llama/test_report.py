@@ -154,14 +154,13 @@ def test_same_run_same_file(report, tmp_path):
 def test_what_models_and_data_contain_is_only_text(report):
     page = report(
         title=HOSTILE,
-        notes=[HOSTILE + "note"],
         config={HOSTILE: HOSTILE, "list": [HOSTILE], "deep": {HOSTILE: 1}},
         metrics=[{"step": 1, "loss": 2.0, HOSTILE: 3.0}],
         per_tensor={HOSTILE: {"distance": 1.0}, f"layers.0.{HOSTILE}": {"touched": 1}},
         samples=[dict.fromkeys(("prompt", "before", "after", "expected"), HOSTILE)],
     )
     assert "script" not in page.tags and page.tags.count("style") == 1
-    assert page.text.count(HOSTILE) == 12  # the title twice
+    assert page.text.count(HOSTILE) == 11  # the title twice
     assert page.tables["config"][0] == [HOSTILE, HOSTILE]
     assert page.tables["config"][2] == [f"deep.{HOSTILE}", "1"]
     assert [row[0] for row in page.tables["tensors"][1:]] == [
@@ -278,9 +277,8 @@ def test_values_that_are_not_finite(report):
     metrics[3] |= {"loss": None}
     metrics[4] |= {"loss": math.inf}
     metrics[-1] |= {"kl": math.nan, "eval_loss": None}
-    page = report(metrics=metrics, notes=["Said by the trainer."])
-    said = page.text[page.text.index("Said by the trainer.") :].split("\n\n")[0]
-    assert re.findall(r".+ at step .+", said) == [
+    page = report(metrics=metrics)
+    assert re.findall(r".+ is not finite at step .+", page.text) == [
         "loss is not finite at step 3, the first of 2 times.",
         "eval_loss is not finite at step 12.",
         "kl is not finite at step 12.",

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from examples.llama.train import train
 from tests.examples.llama.training import (
     config_of,
     finished,
@@ -88,6 +89,7 @@ def kill_until_done(world, output, moments):
     return int(found[1]), halves
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(world, undisturbed, tmp_path):
     """Kills at a random line of the metrics, the steps being some milliseconds."""
     output, rng = tmp_path / "run", random.Random(0)
@@ -155,10 +157,12 @@ def test_killed_many_times(world, undisturbed, tmp_path):
     ],
 )
 def test_stopped_by_a_signal(world, undisturbed, tmp_path, number, code):
-    """With hardly any checkpoints, so that the one of the signal counts."""
+    """With hardly any checkpoints, so that the one of the signal counts.
+
+    How many there are afterwards may change.
+    """
     output = tmp_path / "run"
-    changes = {"save_every": 1000}
-    process = start(config(world, output, **changes), world[1])
+    process = start(config(world, output, save_every=1000), world[1])
     wait_for(lambda: lines(output) > 15, process)
     process.send_signal(number)
     _, err = finished(process, code)
@@ -171,9 +175,25 @@ def test_stopped_by_a_signal(world, undisturbed, tmp_path, number, code):
     step = int(found[1])
     assert 10 < step < STEPS and found[2] == str(output / "checkpoints" / str(step))
     assert not (output / "model").exists()
-    out, _ = run(world, output, **changes)
+    out, _ = run(world, output, save_every=25, keep=1)
     assert f"going on from the checkpoint of step {step}\n" in out
+    kept = [path.name for path in (output / "checkpoints").iterdir()]
+    assert kept == [str(STEPS)]
     same_as(undisturbed, output)
+
+
+@pytest.mark.slow
+def test_goes_on_upon_another_mesh(world, undisturbed, tmp_path, capsys):
+    """As on the first one, but for rounding."""
+    output = tmp_path / "run"
+    process = start(config(world, output, save_every=1000), world[1])
+    wait_for(lambda: lines(output) > 15, process)
+    process.send_signal(signal.SIGTERM)
+    finished(process, 143)
+    train(config(world, output, mesh="fsdp=2"))
+    assert "going on from the checkpoint of step" in capsys.readouterr().out
+    for line, other in zip(metrics_of(output), undisturbed[1], strict=True):
+        assert line == pytest.approx(other, rel=1e-3)
 
 
 def test_other_settings_are_refused(world, tmp_path):

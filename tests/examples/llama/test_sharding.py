@@ -133,7 +133,7 @@ def test_the_optimizer_gathers_nothing(files, tmp_path, method):
     params = jax.tree.unflatten(tree, list(placed.values()))
     assert [x.shape for x in flat] == [x.shape for x in placed.values()]
     optimizer = make_optimizer(config, 10)
-    state = init_state(optimizer, params, 0, mesh)
+    state = init_state(optimizer, params, mesh)
 
     @jax.jit
     def update(gradients, opt_state, params):

@@ -36,7 +36,7 @@ def run(batch, parts=1, packed=False, mesh="fsdp=1", steps=1, **options):
     graph, params, frozen = nnx.split(make(**options), nnx.Param, ...)
     params = jax.device_put(params, replicated(mesh))
     optimizer = optax.sgd(1.0)
-    state = init_state(optimizer, params, 0, mesh)
+    state = init_state(optimizer, params, mesh)
     step = make_step(graph, optimizer, lambda _: 0.125, packed=packed)
     placed = put_batch(batch, mesh, parts)
     fixed = Fixed(frozen)
@@ -165,7 +165,7 @@ def test_soft_targets_and_kl():
 
     value, gradients = jax.jit(jax.value_and_grad(expected))(params)
     norm = float(optax.tree.norm(gradients))
-    state = init_state(optimizer, params, 0, mesh)
+    state = init_state(optimizer, params, mesh)
     step = make_step(graph, optimizer, lambda _: 0.0, packed=False, reference=graph)
     placed = put_batch(batch, mesh, 2)
     fixed = Fixed(nnx.State({}), other)
@@ -181,7 +181,7 @@ def test_projection_gets_the_other_batches_gradients():
     graph, params = nnx.split(make())
     params = jax.device_put(params, replicated(mesh))
     optimizer = optax.sgd(1.0)
-    state = init_state(optimizer, params, 0, mesh)
+    state = init_state(optimizer, params, mesh)
 
     def project(own, theirs):
         assert len(theirs) == 2

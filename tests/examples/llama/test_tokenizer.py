@@ -414,6 +414,7 @@ def chat_tokenizer(llama3, template):
         ("a{% generation %}{{ bos_token[:2] }}{% endgeneration %}b", "a<|b"),
         ("{% set n = namespace(self=1) %}{% set n.x = 2 %}{{ n.self + n.x }}", "3"),
         ("{{ dict(a=1)['a'] }}{{ undefined_name }}", "1"),
+        ("{{ '=' * 3 }}{{ 2 * 3 }}{{ 2**3 }}{{ [1] * 2 }}", "===68[1, 1]"),
         ("  {% if tools is none %}\nx\n  {% endif %}\n", "x\n"),
         (CHATML_TEMPLATE, "<|im_start|>user\nthe answer?<|im_end|>\n"),
     ],
@@ -438,6 +439,9 @@ def test_chat_template_language(llama3, template, expected):
         ),
         ("{% set n = namespace(_x=1) %}", "the chat template fails: SecurityError"),
         ("{% include 'x' %}", "the chat template fails: TypeError: no loader"),
+        ("{{ 'a' * 10**10 }}", "SecurityError: ** gives more than 100000, the most"),
+        ("{{ 2 * ('a' * 90000) }}", "SecurityError: * gives more than 100000, the"),
+        ("{{ 9**999 }}", "the chat template fails: OverflowError"),
     ],
 )
 def test_chat_template_refused(llama3, template, message):

@@ -25,6 +25,7 @@ from examples.llama.tokenizer import load_tokenizer, save_tokenizer
 from examples.llama.train import main, train
 from tests.examples.llama.training import (
     config_of,
+    files_below,
     finished,
     flags_of,
     metrics_of,
@@ -94,11 +95,17 @@ def test_numbers_by_hand(files, run):
     assert metrics_of(output)[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_rerun_is_identical_and_may_be_silent(files, run, tmp_path, capsys):
+def test_rerun_is_identical_and_writes_nothing_elsewhere(
+    files, run, tmp_path, monkeypatch, capsys
+):
     output, result = run("mofo", samples=2)
     capsys.readouterr()
+    inputs, before = files["model"].parent, files_below(files["model"].parent)
+    monkeypatch.chdir(tmp_path)
     same = train(config_of(files, tmp_path / "again"), progress=False)
     assert capsys.readouterr() == ("", "")
+    assert files_below(inputs) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
     assert numbers(result) == numbers(same)
     outputs = output, tmp_path / "again"
     metrics = [(path / "metrics.jsonl").read_bytes() for path in outputs]
@@ -259,6 +266,12 @@ BAD = [
     ({"data": (".",)}, "Is a directory: '.'"),
     ({"model": Path("empty")}, "empty: expected model.safetensors, or model.saf"),
     ({"data": ("note",)}, "note, line 1: "),
+    ({"data": ("hf:",)}, "'hf:' names no data set; expected hf:NAME[:CONFIG][:SPLIT]"),
+    ({"seed": 99999999999999999999}, "seed must be 0 to 4294967295, got 9999999999999"),
+    (
+        {"distributed": True, "coordinator": "localhost"},
+        "coordinator must be HOST:PORT, got 'localhost'",
+    ),
     ({"lora_rank": 99}, "lora_rank must be 1 to 16, got 99"),
     ({"output": Path("full")}, "full: not empty, and it holds no run to go on with"),
     ({"output": Path("/proc/absent")}, "/proc/absent: "),
@@ -280,6 +293,14 @@ def test_errors(files, tmp_path, monkeypatch, capsys, changes, message):
     assert caught.value.code == 2 and message in err
     assert err.startswith("train: ") and err.count("\n") == 1 and err.endswith("\n")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_distributed_without_a_cluster(files, tmp_path):
+    config = config_of(files, tmp_path / "out", distributed=True)
+    _, err = finished(start(config), 2)
+    assert err.startswith("train: distributed: coordinator_address should be defined.")
+    assert err.endswith("give --coordinator, --processes and --process-id\n")
+    assert err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def contents(directory):
@@ -345,6 +366,7 @@ def test_an_evaluation_that_is_not_finite(files, tmp_path, capsys):
 # The command line
 
 
+@pytest.mark.slow
 def test_command_on_the_real_model(data_dir, tmp_path):
     """A few steps on real data; docs/results has the numbers of whole runs."""
     for name, size in (("gsm8k_test.jsonl", 40), ("tinystories_excerpt.txt", 60)):

@@ -69,6 +69,15 @@ def write_files(root):
     }
 
 
+def files_below(root):
+    """The files under a directory, and when each was written."""
+    return {
+        (path.relative_to(root), path.stat().st_mtime_ns)
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
 def config_of(files, path, /, **changes):
     return Config(**files | {"output": path} | SETTINGS | changes)
 
