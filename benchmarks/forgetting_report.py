@@ -1,5 +1,6 @@
 """The frontier as tables and as a plot: what is forgotten over what is learned."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,12 +181,17 @@ def _fastest(results: Results, name: str) -> float:
 def plot(results: Results, image: Path) -> None:
     """The curves of each group of methods, AdamW's and MoFO's in each."""
     before = results["pretrained"]
+    others = {run["method"] for run in results["runs"]} - REFERENCES.keys()
+    present = {METHODS[name].group for name in others}
+    groups = [group for group in GROUPS if group in present] or GROUPS[:1]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 9), layout="constrained")
-        axes = figure.subplots(len(MEASURES), len(GROUPS), sharex=True, sharey="row")
+        figure = Figure(figsize=(1 + 4 * len(groups), 9), layout="constrained")
+        axes = figure.subplots(
+            len(MEASURES), len(groups), sharex=True, sharey="row", squeeze=False
+        )
         for row, (measure, title) in zip(axes, MEASURES.items(), strict=True):
             found = measured(results, measure)
-            for ax, group in zip(row, GROUPS, strict=True):
+            for ax, group in zip(row, groups, strict=True):
                 for name, points in found.items():
                     if METHODS[name].group == group or name in REFERENCES:
                         _draw(ax, name, points)
@@ -199,7 +205,7 @@ def plot(results: Results, image: Path) -> None:
                     ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
                     ax.set_ylim(before[measure] - margin[1], high[1] + margin[1])
             row[0].set_ylabel(f"{title} (nats per token)")
-        for ax, group in zip(axes[0], GROUPS, strict=True):
+        for ax, group in zip(axes[0], groups, strict=True):
             ax.set_title(group)
         for ax in axes[-1]:
             ax.set_xlabel("held-out loss (nats per answer token)")
@@ -215,10 +221,11 @@ def plot(results: Results, image: Path) -> None:
                     columnspacing=1,
                     handlelength=3,
                 )
-        figure.suptitle(
+        title = (
             "Lower and further left is better: more learned, less forgotten "
             "(dotted: the pretrained model). What is out of view is in the table."
         )
+        figure.suptitle(textwrap.fill(title, 50 * len(groups)))
         figure.savefig(image, dpi=150)
 
 
