@@ -121,6 +121,7 @@ def shown(name: str, data_dir: Path, directory: Path) -> dict[str, Any]:
         "EVAL_DATA": str(data_dir / "gsm8k_test.jsonl"),
         "RETAIN_DATA": str(data_dir / "tinystories_excerpt.txt"),
         "BATCH_SIZE": 16,
+        "ACCUMULATE": 2,
         "MAX_LENGTH": 256,
         "STEPS": 100,
     }
