@@ -77,7 +77,7 @@ def draw(found: dict[str, np.ndarray], alpha: float, path: Path) -> None:
             axes.imshow(found[name], cmap="Greys", vmin=0, vmax=top, aspect="auto")
             axes.set(title=title, xticks=[], yticks=[])
         x = np.arange(1, ordered.size + 1) / ordered.size
-        ranks.fill_between(x[:k], ordered[:k], color=ORANGE, label="move")
+        ranks.fill_between(x[:k], ordered[:k], color=ORANGE)
         ranks.fill_between(x[k - 1 :], ordered[k - 1 :], color=BLUE, alpha=0.35)
         ranks.axhline(ordered[k - 1], color="black", linewidth=0.8, linestyle=":")
         ranks.annotate("threshold", (0.98, ordered[k - 1]), ha="right", va="bottom")

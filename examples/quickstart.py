@@ -29,6 +29,7 @@ from examples import terminal
 from examples.llama.architectures import LlamaConfig
 from examples.llama.checks import check_least, check_seed
 from examples.llama.model import Llama
+from examples.llama.report_plots import BLUE, ORANGE
 from mofo_jax import all_but_norms_and_biases, distance, mofo
 
 # A name is two tokens, so that a fact is (first, second, relation, value).
@@ -206,7 +207,7 @@ def print_table(runs: list[dict]) -> None:
 def plot(runs: list[dict], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = zip(METHODS, ("#0072b2", "#d55e00", "#000000"), "os^", strict=True)
+    styles = zip(METHODS, (BLUE, ORANGE, "black"), "os^", strict=True)
     for method, color, marker in styles:
         mine = [run for run in runs if run["method"] == method]
         style = {"color": color, "marker": marker, "label": method}

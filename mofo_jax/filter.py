@@ -18,7 +18,7 @@ from mofo_jax.leaves import (
     resolve_block_axes,
     resolve_mask,
 )
-from mofo_jax.scoring import Score, check_score, random_scores, scores_of
+from mofo_jax.scoring import Score, check_score, scores_of
 from mofo_jax.selection import no_guess, select_masks
 
 Alpha = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
@@ -196,11 +196,8 @@ def momentum_filter(
         filtered = resolve_mask(updates, filter_mask)
         axes = resolve_block_axes(updates, block_axes)
         leaves, treedef = jax.tree.flatten(updates)
-        if score == "random":
-            scores = random_scores(leaves, filtered, seed, step)
-        else:
-            found = gradients, updates, inner_state, params
-            scores = scores_of(score, filtered, *found)
+        found = gradients, updates, inner_state, params
+        scores = scores_of(score, filtered, *found, seed=seed, step=step)
         masks, threshold = select_masks(
             _where(filtered, scores),
             fraction,

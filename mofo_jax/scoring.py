@@ -31,8 +31,11 @@ def scores_of(
     updates: Any,
     inner_state: Any,
     params: Any,
+    *,
+    seed: jax.typing.ArrayLike,
+    step: jax.Array,
 ) -> list[Any]:
-    """A score for each leaf, of any but random ones; what is not filtered may lack it.
+    """A score for each leaf; one that is not filtered may lack it.
 
     Raises:
       ValueError: The inner state has no first moment, or a function returned something
@@ -44,13 +47,15 @@ def scores_of(
         return jax.tree.leaves(gradients)
     if score == "update":
         return jax.tree.leaves(updates)
+    if score == "random":
+        return _random_scores(jax.tree.leaves(updates), filtered, seed, step)
     assert callable(score)
     scores = score(gradients, updates, inner_state, params)
     _check_scores(scores, updates)
     return jax.tree.leaves(scores)
 
 
-def random_scores(
+def _random_scores(
     leaves: list[jax.Array],
     filtered: list[bool],
     seed: jax.typing.ArrayLike,

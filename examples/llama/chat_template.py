@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import math
 from collections.abc import Sized
 from typing import Any
 
@@ -46,7 +45,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         a, b = (len(x) if isinstance(x, Sized) else abs(x) for x in (left, right))
         # In floats a power overflows, where integers would go on.
-        size = math.prod((a, b)) if operator == "*" else float(a) ** float(b)
+        size = a * b if operator == "*" else float(a) ** float(b)
         if size > MAX_RANGE:
             raise jinja2.exceptions.SecurityError(
                 f"{operator} gives more than {MAX_RANGE}, the most that is allowed"

@@ -445,6 +445,7 @@ def test_bad_scores():
     for score, message in (
         (lambda g, u, s, p: u | {"b": u["b"][:2]}, r"got \(2,\) for b, which there is"),
         (lambda g, u, s, p: {"w": u["w"]}, r"got no leaf for b, which there is \(3,\)"),
+        (lambda g, u, s, p: list(u.values()), r"got no leaf for b, which there is"),
         (lambda g, u, s, p: u | {"b": u["b"].astype(int)}, "arrays, got int32 for b"),
     ):
         optimizer = filter_by_momentum(optax.adam(0.1), score=score)

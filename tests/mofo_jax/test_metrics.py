@@ -39,6 +39,9 @@ def test_top_fraction_norm():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="reference must have the structure"):
         distance(jnp.ones((3, 1)), jnp.ones((1, 3)))
+    # The same names and shapes in other containers.
+    with pytest.raises(ValueError, match="reference must have the structure PyTree"):
+        distance([jnp.ones(2)], (jnp.ones(2),))
     with pytest.raises(TypeError, match="parameter w has dtype int32"):
         top_fraction_norm({"w": jnp.arange(3)}, 0.5)
     with pytest.raises(ValueError, match="alpha must be in"):

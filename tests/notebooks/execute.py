@@ -7,6 +7,7 @@ or TPU run on simulated devices, with the model and the data that DIR has.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import tempfile
@@ -85,9 +86,9 @@ def clean(notebook: Any, *places: Path) -> None:
                 lines = output.text.splitlines(keepends=True)
                 output.text = "".join(line for line in lines if "%|" in line)
             for part in (output, output.get("data", {})):
-                for key in ("text", "text/plain", "text/html", "text/markdown"):
-                    for place in places if key in part else ():
-                        part[key] = part[key].replace(f"{place}{os.sep}", "")
+                texts = {"text", "text/plain", "text/html", "text/markdown"}
+                for key, place in itertools.product(texts & part.keys(), places):
+                    part[key] = part[key].replace(f"{place}{os.sep}", "")
         cell.outputs = [x for x in cell.outputs if x.get("text") != ""]
 
 

@@ -80,8 +80,8 @@ def loss_of(model):
     return losses.mean()
 
 
-def params_of(model, kind=nnx.Param):
-    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, kind)))
+def params_of(model):
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     return {jax.tree_util.keystr(path): np.array(x) for path, x in leaves}
 
 
