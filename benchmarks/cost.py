@@ -40,9 +40,9 @@ from benchmarks.turns import (
     time_in_turns,
 )
 from examples import terminal
+from examples.checks import check_least
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.checks import check_least
-from examples.llama.log import environment
 from mofo_jax import mofo
 
 

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 
 from benchmarks.turns import ratios, take_turns
-from examples.llama.architectures import LlamaConfig
-from examples.llama.model import Llama
+from examples.llama.model.architectures import LlamaConfig
+from examples.llama.model.llama import Llama
 from mofo_jax import mofo
 
 

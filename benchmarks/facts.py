@@ -26,9 +26,9 @@ from benchmarks.facts_report import plot, report
 from benchmarks.facts_variants import VARIANTS, Variant
 from benchmarks.outputs import load, make_room, publish
 from examples import quickstart, terminal
+from examples.checks import check_least, check_name
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.checks import check_least, check_name
-from examples.llama.log import environment
 from mofo_jax import distance
 from mofo_jax.continual import fisher_diagonal, interpolate
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.facts_variants import VARIANTS
 from benchmarks.matched import Curve, compare, frontier, table
 from benchmarks.outputs import made_with
-from examples.llama.report_plots import BLUE, INK, ORANGE, STYLE
+from examples.llama.reporting.plots import BLUE, INK, ORANGE, STYLE
 
 LOSSES = (0.1, 0.03, 0.01)  # of the new facts, in nats
 SHOWN = (0.03, 0.01)  # in the plot

@@ -31,11 +31,11 @@ from benchmarks.outputs import load, make_room, publish
 from benchmarks.suites import SUITES, Inputs
 from benchmarks.workers import each
 from examples import compilation, terminal
+from examples.checks import check_least, check_name
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.checks import check_least, check_name
-from examples.llama.config import Config
-from examples.llama.log import environment
 from examples.llama.train import train
+from examples.llama.training.config import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-# Settings of examples.llama.config.Config.
+# Settings of examples.llama.training.config.Config.
 Settings = dict[str, Any]
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.forgetting_methods import GROUPS, METHODS, Settings, describe
 from benchmarks.matched import Curve, compare, frontier, table
 from benchmarks.outputs import made_with
-from examples.llama.report_plots import BLUE, ORANGE, STYLE
+from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
 
 ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
 REFERENCES = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}  # in every panel

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mofo_jax import selection
+from mofo_jax._selection import masks as selection
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)"

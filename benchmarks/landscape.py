@@ -27,14 +27,14 @@ from benchmarks.landscape_report import METHODS, TITLES, plot
 from benchmarks.outputs import make_room
 from benchmarks.suites import Inputs
 from examples import terminal
+from examples.checks import check_least
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.checks import check_least
-from examples.llama.convert import load_model
-from examples.llama.log import environment
-from examples.llama.records import read_text
-from examples.llama.setup import set_up
-from examples.llama.sharding import parameter_sharding
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.sharding import parameter_sharding
+from examples.llama.text.records import read_text
 from examples.llama.train import train
+from examples.llama.training.setup import set_up
 from mofo_jax.continual import interpolate
 
 BEYOND = 0.5  # how far lines and plane go on, of the distances

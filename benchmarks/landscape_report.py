@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.llama.report_plots import BLUE, ORANGE, STYLE
+from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
 
 TITLES = {"eval_loss": "held-out loss", "retain_loss": "retained-text loss"}
 METHODS = {"adamw": "AdamW", "mofo": "MoFO 10%"}

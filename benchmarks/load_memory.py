@@ -25,16 +25,16 @@ from tqdm import tqdm
 
 from benchmarks.outputs import make_room
 from examples import terminal
+from examples.checks import check_name
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.architectures import ARCHITECTURES, LlamaConfig
-from examples.llama.checks import check_name
-from examples.llama.convert import load_model
-from examples.llama.huggingface import tensor_shapes
-from examples.llama.huggingface_config import to_hugging_face
-from examples.llama.log import environment
-from examples.llama.parameters import named_parameters
-from examples.llama.sharding import make_mesh, parameter_sharding
-from examples.llama.tensor_files import write_tensors
+from examples.llama.checkpoints.huggingface import tensor_shapes
+from examples.llama.checkpoints.huggingface_config import to_hugging_face
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.checkpoints.safetensors_files import write_tensors
+from examples.llama.model.architectures import ARCHITECTURES, LlamaConfig
+from examples.llama.model.parameters import named_parameters
+from examples.llama.model.sharding import make_mesh, parameter_sharding
 
 # Dtype of the parameters, and the mesh of simulated devices that they are split over.
 RUNS = (("bfloat16", ""), ("float32", ""), ("bfloat16", "fsdp=4,tensor=2"))

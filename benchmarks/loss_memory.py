@@ -3,7 +3,7 @@
 python -m benchmarks.loss_memory --output docs/results/loss_memory.json
 
 What the compiler reserves beside arguments and results for the loss of Llama 3's head
-and its gradient: by `examples.llama.loss.cross_entropy_sum`, and by
+and its gradient: by `examples.llama.model.loss.cross_entropy_sum`, and by
 optax.softmax_cross_entropy_with_integer_labels over all logits. Nothing is run.
 """
 
@@ -19,12 +19,12 @@ import tyro
 
 from benchmarks.outputs import make_room
 from examples import terminal
+from examples.checks import check_name
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.architectures import ARCHITECTURES
-from examples.llama.checks import check_name
-from examples.llama.log import environment
-from examples.llama.loss import cross_entropy_sum
-from examples.llama.products import float32_einsum
+from examples.llama.model.architectures import ARCHITECTURES
+from examples.llama.model.loss import cross_entropy_sum
+from examples.llama.model.products import float32_einsum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Args:
     output: Path
     """The JSON file to write."""
     architecture: str = "llama3.2-1b"
-    """Whose head, of examples.llama.architectures."""
+    """Whose head, of examples.llama.model.architectures."""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     """Rows."""
     length: int = 1024

@@ -22,12 +22,13 @@ from flax import nnx
 from benchmarks.outputs import load
 from examples import terminal
 from examples.files import write_bytes, write_json, write_json_lines
-from examples.llama.architectures import LlamaConfig
-from examples.llama.config import Config, DTypeName
-from examples.llama.huggingface import save_hugging_face
-from examples.llama.model import Llama
-from examples.llama.tokenizer import Tokenizer, save_tokenizer
+from examples.llama.checkpoints.huggingface import save_hugging_face
+from examples.llama.model.architectures import LlamaConfig
+from examples.llama.model.llama import Llama
+from examples.llama.model.parameters import DTypeName
+from examples.llama.text.tokenizer import Tokenizer, save_tokenizer
 from examples.llama.train import train
+from examples.llama.training.config import Config
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 # So that nearly every piece of source fills a row; what is too long is cut off.

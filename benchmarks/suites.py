@@ -7,8 +7,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from benchmarks.forgetting_methods import METHODS, Settings
-from examples.llama.checks import check_name
-from examples.llama.config import Config
+from examples.checks import check_name
+from examples.llama.training.config import Config
 
 
 class Suite(NamedTuple):

@@ -24,17 +24,18 @@ from tqdm import tqdm
 
 from benchmarks.outputs import make_room
 from examples import terminal
+from examples.checks import check_least, check_name
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.architectures import ARCHITECTURES, LlamaConfig
-from examples.llama.checks import check_least, check_name
-from examples.llama.config import Config, DTypeName
-from examples.llama.flops import peak_flops, training_flops
-from examples.llama.huggingface_config import to_hugging_face
-from examples.llama.log import environment
-from examples.llama.model import Llama
-from examples.llama.optimizers import make_optimizer
-from examples.llama.sharding import make_mesh, put_batch, replicated
-from examples.llama.steps import Fixed, compile_step, init_state, make_step
+from examples.llama.checkpoints.huggingface_config import to_hugging_face
+from examples.llama.model.architectures import ARCHITECTURES, LlamaConfig
+from examples.llama.model.flops import peak_flops, training_flops
+from examples.llama.model.llama import Llama
+from examples.llama.model.parameters import DTypeName
+from examples.llama.model.sharding import make_mesh, put_batch, replicated
+from examples.llama.training.config import Config
+from examples.llama.training.optimizers import make_optimizer
+from examples.llama.training.steps import Fixed, compile_step, init_state, make_step
 
 SHAPES = {
     "260K": LlamaConfig(  # of llama2.c's stories260K
@@ -71,7 +72,7 @@ class Args:
     output: Path
     """The JSON file to write."""
     shapes: tuple[str, ...] = ("260K", "24M", "125M")
-    """Names among 260K, 24M, 125M and those of examples.llama.architectures."""
+    """Names among 260K, 24M, 125M and those of examples.llama.model.architectures."""
     batch_size: int = 4
     """Rows of a step."""
     length: int = 256

@@ -17,7 +17,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from examples import quickstart, terminal
-from examples.llama.report_plots import BLUE, ORANGE, STYLE
+from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
 from mofo_jax import mofo
 
 MATRIX = ("layers", 0, "mlp", "up_proj", "kernel")

@@ -26,10 +26,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples import terminal
-from examples.llama.architectures import LlamaConfig
-from examples.llama.checks import check_least, check_seed
-from examples.llama.model import Llama
-from examples.llama.report_plots import BLUE, ORANGE
+from examples.checks import check_least, check_seed
+from examples.llama.model.architectures import LlamaConfig
+from examples.llama.model.llama import Llama
+from examples.llama.reporting.plots import BLUE, ORANGE
 from mofo_jax import all_but_norms_and_biases, distance, mofo
 
 # A name is two tokens, so that a fact is (first, second, relation, value).

@@ -1,10 +1,10 @@
 """MoFO, the momentum-filtered optimizer (arXiv 2407.20999), for JAX and Optax."""
 
-from mofo_jax.filter import FilterByMomentumState, filter_by_momentum
-from mofo_jax.leaves import all_but_norms_and_biases
-from mofo_jax.metrics import distance, top_fraction_norm
-from mofo_jax.mofo import mofo, scale_by_mofo
-from mofo_jax.selection import top_fraction_mask
+from mofo_jax._filter import FilterByMomentumState, filter_by_momentum
+from mofo_jax._leaves import all_but_norms_and_biases
+from mofo_jax._metrics import distance, top_fraction_norm
+from mofo_jax._mofo import mofo, scale_by_mofo
+from mofo_jax._selection.masks import top_fraction_mask
 
 __version__ = "0.1.0"
 

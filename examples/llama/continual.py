@@ -21,17 +21,18 @@ import tyro
 from tqdm import tqdm
 
 from examples import terminal
+from examples.checks import check_least, check_name
 from examples.files import read_json_object, write_json, write_json_lines
-from examples.llama.answers import answer
-from examples.llama.checks import check, check_least, check_name, tokenizer_path
-from examples.llama.config import Config, parse
-from examples.llama.continual_report import draw, table
-from examples.llama.convert import load_model
-from examples.llama.records import Message, Record, read_records
-from examples.llama.setup import check_length
-from examples.llama.task_metrics import METRICS
-from examples.llama.tokenizer import load_tokenizer
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.evaluation.answers import answer
+from examples.llama.evaluation.task_metrics import METRICS
+from examples.llama.reporting.task_scores import draw, table
+from examples.llama.text.records import Message, Record, read_records
+from examples.llama.text.tokenizer import load_tokenizer, tokenizer_path
 from examples.llama.train import train
+from examples.llama.training.checks import check
+from examples.llama.training.config import Config, parse
+from examples.llama.training.setup import check_length
 from mofo_jax.continual import (
     backward_transfer,
     forward_transfer,

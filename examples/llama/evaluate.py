@@ -25,13 +25,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from examples import terminal
+from examples.checks import check_least, check_seed
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama.checks import check_least, check_seed, tokenizer_path
-from examples.llama.convert import load_model
-from examples.llama.harness import JaxLM
-from examples.llama.log import environment
-from examples.llama.sharding import make_mesh, parameter_sharding
-from examples.llama.tokenizer import load_tokenizer
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.evaluation.harness import JaxLM
+from examples.llama.model.sharding import make_mesh, parameter_sharding
+from examples.llama.text.tokenizer import load_tokenizer, tokenizer_path
 
 COMMONSENSE = ("hellaswag", "arc_easy", "arc_challenge")
 PRESETS = {"paper": ("mmlu", *COMMONSENSE, "gsm8k", "humaneval")}

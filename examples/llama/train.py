@@ -23,19 +23,20 @@ import numpy as np
 from tqdm import tqdm
 
 from examples import terminal
+from examples.environment import environment
 from examples.files import write_json
-from examples.llama import data
-from examples.llama.checkpoint import Checkpoints, check_space
-from examples.llama.config import Config, parse, settings
-from examples.llama.flops import peak_flops, training_flops
-from examples.llama.log import MetricsLog, environment
-from examples.llama.measures import TITLES
-from examples.llama.replay import save_self_replay
-from examples.llama.results import finish, interpolated, sample
-from examples.llama.setup import Run, describe, set_up
-from examples.llama.sharding import put_batch
-from examples.llama.steps import compile_step, make_step
-from examples.llama.streams import Streams
+from examples.llama.model.flops import peak_flops, training_flops
+from examples.llama.model.sharding import put_batch
+from examples.llama.text.rows import records_of
+from examples.llama.training.checkpoint import Checkpoints, check_space
+from examples.llama.training.config import Config, parse, settings
+from examples.llama.training.log import MetricsLog
+from examples.llama.training.measures import TITLES
+from examples.llama.training.replay import save_self_replay
+from examples.llama.training.results import finish, interpolated, sample
+from examples.llama.training.setup import Run, describe, set_up
+from examples.llama.training.steps import compile_step, make_step
+from examples.llama.training.streams import Streams
 from mofo_jax.continual import project_gradient
 
 
@@ -215,7 +216,7 @@ class _Loop:
         self.log.write(step, values, "train")
         for name, value in values.items():
             if not math.isfinite(value):
-                ids = (data.records_of(self.training, int(row)) for row in rows)
+                ids = (records_of(self.training, int(row)) for row in rows)
                 raise FloatingPointError(
                     f"{name} is {value} at step {step}; the batch's records are "
                     f"{', '.join(itertools.chain(*ids))}; {self.checkpoints.where()}"

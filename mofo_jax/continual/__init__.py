@@ -1,13 +1,13 @@
 """Methods that MoFO is compared and combined with, and the scores of a comparison."""
 
-from mofo_jax.continual.gem import project_gradient
-from mofo_jax.continual.hft import half_fine_tuning_mask
-from mofo_jax.continual.interpolation import interpolate
-from mofo_jax.continual.penalties import (
+from mofo_jax.continual._gem import project_gradient
+from mofo_jax.continual._hft import half_fine_tuning_mask
+from mofo_jax.continual._interpolation import interpolate
+from mofo_jax.continual._penalties import (
     add_distance_penalty,
     fisher_diagonal,
 )
-from mofo_jax.continual.scores import (
+from mofo_jax.continual._scores import (
     backward_transfer,
     forward_transfer,
     overall_performance,

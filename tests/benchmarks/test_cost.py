@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmarks import cost, cost_report
-from examples.llama.log import environment
+from examples.environment import environment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "cost.json"

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import forgetting, forgetting_report, matched
 from benchmarks.forgetting import Args, main, measure
 from benchmarks.forgetting_methods import METHODS
-from examples.llama.checks import check
-from examples.llama.records import read_records
-from tests.examples.llama.training import write_files
+from examples.llama.text.records import read_records
+from examples.llama.training.checks import check
+from tests.examples.llama.runs import write_files
 
 SHIFTS = {"adamw": 0.0, "mofo": -0.1, "hft": 0.2}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.landscape import main
-from tests.examples.llama.training import write_files
+from tests.examples.llama.runs import write_files
 
 
 @pytest.mark.slow

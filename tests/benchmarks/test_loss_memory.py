@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import loss_memory
 from benchmarks.loss_memory import main, table
-from examples.llama.architectures import LlamaConfig
+from examples.llama.model.architectures import LlamaConfig
 
 SMALL = LlamaConfig(
     vocab_size=60_000,

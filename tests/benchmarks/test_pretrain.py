@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import forgetting, pretrain
 from benchmarks.forgetting_methods import METHODS
-from examples.llama.tokenizer import load_tokenizer
+from examples.llama.text.tokenizer import load_tokenizer
 
 TOY = {
     "vocab-size": 300,

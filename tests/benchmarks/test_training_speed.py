@@ -9,8 +9,8 @@ from flax import nnx
 
 from benchmarks import training_speed
 from benchmarks.training_speed import SHAPES, Args, main, table
-from examples.llama.model import Llama
-from tests.examples.llama.training import CONFIG
+from examples.llama.model.llama import Llama
+from tests.examples.llama.runs import CONFIG
 
 
 def test_measures(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-import mofo_jax.counting
 from mofo_jax import (
     all_but_norms_and_biases,
     filter_by_momentum,
@@ -14,6 +13,7 @@ from mofo_jax import (
     scale_by_mofo,
     top_fraction_norm,
 )
+from mofo_jax._selection import counting
 
 SHAPES = {"embed": (12, 8), "layer": {"kernel": (8, 20), "bias": (20,)}, "norm": (40,)}
 
@@ -269,7 +269,7 @@ def test_bad_arguments(make, error, message):
 
 
 def test_a_step_needs_no_temporaries_of_a_leafs_size(monkeypatch):
-    monkeypatch.setattr(mofo_jax.counting, "on_one_cpu_device", lambda: True)
+    monkeypatch.setattr(counting, "on_one_cpu_device", lambda: True)
     leaf = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
     params = {f"layer{i}": leaf for i in range(4)}
     optimizer = mofo(1e-3, weight_decay=0.1)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-import mofo_jax.counting
 from mofo_jax import top_fraction_mask
+from mofo_jax._selection import counting
 
 pytestmark = pytest.mark.usefixtures("program")
 
@@ -192,7 +192,7 @@ def test_scalars_empty_arrays_and_single_entries():
 def test_counts_of_several_limbs(monkeypatch, request, limit):
     """Arrays beyond 2^32 entries count in two limbs; here the limb is made small."""
     x = np.random.default_rng(limit).normal(size=(3, 2, 3, 3)).astype(np.float32)
-    monkeypatch.setattr(mofo_jax.counting, "LIMB_SIZE", limit)
+    monkeypatch.setattr(counting, "LIMB_SIZE", limit)
     jax.clear_caches()  # of programs compiled for another limit, and after it
     request.addfinalizer(jax.clear_caches)
     for values in (x, np.round(x), np.ones_like(x)):
@@ -206,9 +206,7 @@ def test_counts_of_several_limbs(monkeypatch, request, limit):
 def test_sums_of_counts_beyond_32_bits():
     """Partial counts of a huge array add up exactly, carries included."""
     partial = np.array([2**32 - 1, 2**32 - 1, 12345, 2**31, 7], np.uint32)
-    high, low = mofo_jax.counting._sum(
-        jnp.asarray(partial)[:, None], (0, 1), (5, 2**32 - 1)
-    )
+    high, low = counting._sum(jnp.asarray(partial)[:, None], (0, 1), (5, 2**32 - 1))
     total = sum(int(p) for p in partial)
     assert (int(high[0, 0]) << 32) + int(low[0, 0]) == total
 

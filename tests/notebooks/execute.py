@@ -22,7 +22,7 @@ from nbformat.v4 import new_code_cell
 
 from examples.llama.convert import Args as ConvertArgs
 from examples.llama.convert import convert
-from tests.examples.llama.harness_tasks import write_tasks
+from tests.examples.llama.evaluation.harness_tasks import write_tasks
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = (

@@ -6,8 +6,8 @@ import tomllib
 
 import pytest
 
-from tests.examples.llama.harness_tasks import write_tasks
-from tests.examples.llama.training import write_files
+from tests.examples.llama.evaluation.harness_tasks import write_tasks
+from tests.examples.llama.runs import write_files
 from tests.notebooks.execute import NAMES, NOTEBOOKS, clean, execute, read
 from tests.notebooks.hub import serve
 

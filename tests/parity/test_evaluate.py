@@ -7,11 +7,11 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from examples.llama.convert import load_model
-from examples.llama.harness import JaxLM
-from examples.llama.huggingface import save_hugging_face
-from examples.llama.tokenizer import load_tokenizer, save_tokenizer
-from tests.examples.llama.harness_tasks import write_tasks
+from examples.llama.checkpoints.huggingface import save_hugging_face
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.evaluation.harness import JaxLM
+from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
+from tests.examples.llama.evaluation.harness_tasks import write_tasks
 
 NAMES = ("choice", "letter", "perplexity", "generation")
 TEMPLATE = (

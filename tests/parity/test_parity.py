@@ -7,13 +7,13 @@ import torch
 import transformers
 from flax import nnx
 
-from examples.llama.convert import load_model
-from examples.llama.generate import generate
-from examples.llama.huggingface import save_hugging_face, tensor_name
-from examples.llama.huggingface_config import from_hugging_face
-from examples.llama.loss import cross_entropy_sum
-from examples.llama.parameters import named_parameters
-from examples.llama.sharding import make_mesh, parameter_sharding
+from examples.llama.checkpoints.huggingface import save_hugging_face, tensor_name
+from examples.llama.checkpoints.huggingface_config import from_hugging_face
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.generation import generate
+from examples.llama.model.loss import cross_entropy_sum
+from examples.llama.model.parameters import named_parameters
+from examples.llama.model.sharding import make_mesh, parameter_sharding
 from tests.parity.conftest import FAMILIES, VOCABULARY, random_model
 
 

@@ -7,11 +7,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.llama.records import Message, Record
-from examples.llama.templates import split, tokenize
-from examples.llama.tokenizer import load_tokenizer, save_tokenizer
-from tests.examples.llama.llama2c_files import BASE, write_tokenizer
-from tests.examples.llama.tokenizer_files import (
+from examples.llama.text.records import Message, Record
+from examples.llama.text.templates import split, tokenize
+from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
+from tests.examples.llama.checkpoints.llama2c_files import BASE, write_tokenizer
+from tests.examples.llama.text.tokenizer_files import (
     CHATML_TEMPLATE,
     TEXTS,
     write_llama2,

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from examples import compilation
-from examples.llama.convert import load_llama2c
-from examples.llama.tokenizer import load_tokenizer
+from examples.llama.checkpoints.llama2c import load_llama2c
+from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.train import train
-from tests.examples.llama.training import config_of, write_files
+from tests.examples.llama.runs import config_of, write_files
 
 
 @pytest.fixture(scope="session")

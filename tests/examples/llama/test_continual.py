@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from examples.llama import continual
-from examples.llama.answers import answer
+from examples.llama.checkpoints.loading import load_model
 from examples.llama.continual import Args, main, run, table, tasks_of
-from examples.llama.convert import load_model
-from examples.llama.generate import generate
-from examples.llama.records import read_records
-from examples.llama.tokenizer import load_tokenizer
-from tests.examples.llama.llama2c_files import BASE, write_tokenizer
-from tests.examples.llama.training import ROOT, write_files
+from examples.llama.evaluation.answers import answer
+from examples.llama.model.generation import generate
+from examples.llama.text.records import read_records
+from examples.llama.text.tokenizer import load_tokenizer
+from tests.examples.llama.checkpoints.llama2c_files import BASE, write_tokenizer
+from tests.examples.llama.runs import ROOT, write_files
 from tests.processes import environment
 
 

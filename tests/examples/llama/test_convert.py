@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama.convert import load_llama2c, load_model, main
-from examples.llama.parameters import named_parameters
-from examples.llama.sharding import make_mesh, parameter_sharding
-from examples.llama.tokenizer import load_tokenizer
-from tests.examples.llama.llama2c_files import (
+from examples.llama.checkpoints.llama2c import load_llama2c
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.convert import main
+from examples.llama.model.parameters import named_parameters
+from examples.llama.model.sharding import make_mesh, parameter_sharding
+from examples.llama.text.tokenizer import load_tokenizer
+from tests.examples.llama.checkpoints.llama2c_files import (
     BASE,
     HEADER,
     refused,

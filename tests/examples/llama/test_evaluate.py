@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from examples.llama import evaluate
-from examples.llama.convert import load_model
-from examples.llama.generate import generate
-from examples.llama.huggingface import save_hugging_face
-from examples.llama.tokenizer import load_tokenizer, save_tokenizer
-from tests.examples.llama.harness_tasks import write_tasks
+from examples.llama.checkpoints.huggingface import save_hugging_face
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.generation import generate
+from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
+from tests.examples.llama.evaluation.harness_tasks import write_tasks
 
 UNSAFE = """
 task: stories_code

@@ -12,14 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.llama import config as configuration
-from examples.llama.convert import load_llama2c, load_model
-from examples.llama.huggingface_config import from_hugging_face
-from examples.llama.records import read_records
-from examples.llama.tokenizer import load_tokenizer
-from tests.examples.llama.huggingface_files import CONFIG, write_checkpoint
-from tests.examples.llama.llama2c_files import BASE, write_llama2c, write_tokenizer
-from tests.examples.llama.training import files_below
+from examples.llama.checkpoints.huggingface_config import from_hugging_face
+from examples.llama.checkpoints.llama2c import load_llama2c
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.text.records import read_records
+from examples.llama.text.tokenizer import load_tokenizer
+from examples.llama.training import config as configuration
+from tests.examples.llama.checkpoints.huggingface_files import CONFIG, write_checkpoint
+from tests.examples.llama.checkpoints.llama2c_files import (
+    BASE,
+    write_llama2c,
+    write_tokenizer,
+)
+from tests.examples.llama.runs import files_below
 
 PLACE = st.integers(min_value=0)
 

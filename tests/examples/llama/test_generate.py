@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama.architectures import LlamaConfig
-from examples.llama.convert import load_model
-from examples.llama.generate import decode, generate, main, prefill
-from examples.llama.huggingface import save_hugging_face
-from examples.llama.model import Llama
-from examples.llama.sharding import make_mesh, parameter_sharding
-from examples.llama.tokenizer import load_tokenizer, save_tokenizer
+from examples.llama.checkpoints.huggingface import save_hugging_face
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.generate import main
+from examples.llama.model.architectures import LlamaConfig
+from examples.llama.model.generation import decode, generate, prefill
+from examples.llama.model.llama import Llama
+from examples.llama.model.sharding import make_mesh, parameter_sharding
+from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
 
 KNOWN = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside "

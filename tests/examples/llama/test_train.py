@@ -16,14 +16,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from examples import terminal
-from examples.llama.config import Config
-from examples.llama.convert import load_model
-from examples.llama.data import load_dataset, load_text, training_batches
-from examples.llama.generate import generate
-from examples.llama.huggingface import save_hugging_face
-from examples.llama.tokenizer import load_tokenizer, save_tokenizer
+from examples.llama.checkpoints.huggingface import save_hugging_face
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.generation import generate
+from examples.llama.text.rows import load_dataset, load_text, training_batches
+from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
 from examples.llama.train import main, train
-from tests.examples.llama.training import (
+from examples.llama.training.config import Config
+from tests.examples.llama.runs import (
     config_of,
     files_below,
     finished,

@@ -1,0 +1,37 @@
+"""Load a model, whatever the format of its files. Nothing here unpickles."""
+
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from examples.llama.checkpoints.huggingface import load_hugging_face
+from examples.llama.checkpoints.llama2c import load_llama2c
+from examples.llama.model.llama import Llama
+from examples.llama.model.parameters import Sharding
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
+) -> Llama:
+    """Loads a llama2.c file or the directory of a Hugging Face checkpoint.
+
+    Args:
+      path: The file or directory.
+      dtype: The model's compute dtype.
+      param_dtype: The dtype that the weights are cast to.
+      sharding: A function of a parameter's name ("layers.0.mlp.up_proj.kernel") and
+        shape that returns where it goes; None is JAX's default device. In several
+        processes, each must be able to read `path`.
+
+    Raises:
+      FileNotFoundError: Nothing is at `path`.
+      ValueError: What is there is something else, or is damaged.
+    """
+    load = load_hugging_face if Path(path).is_dir() else load_llama2c
+    return load(path, dtype=dtype, param_dtype=param_dtype, sharding=sharding)

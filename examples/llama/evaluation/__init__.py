@@ -1,0 +1,1 @@
+"""Answers, their scores, and lm-evaluation-harness."""

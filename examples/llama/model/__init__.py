@@ -1,0 +1,1 @@
+"""The model: its shapes, layers, loss, LoRA, and how it lies on a mesh."""

@@ -1,0 +1,228 @@
+"""Losses over a large vocabulary, without the logits of a whole batch in memory.
+
+Shapes: B batch, T positions, C positions of a chunk, D hidden size, V vocabulary.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from examples.llama.model.products import float32_einsum
+
+Batch = dict[str, jax.Array]  # as of data.training_batches, but for "row"
+
+CHUNK_BYTES = 1 << 27  # of float32 logits at a time, on all devices together
+CHUNKS = 4  # at least; more could leave out more, but each adds up the head's gradient
+
+
+def next_token_loss(
+    model: nnx.Module,
+    batch: Batch,
+    *,
+    packed: bool,
+    pretrained: nnx.Module | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the losses that a batch counts, and how many they are, as float32.
+
+    With `pretrained`, the batch's "kl_weight" (float32 [B, L]) is how much of the
+    divergence from that model's predictions is added where a token is predicted. A
+    token outside of the loss mask that has one counts as well.
+    """
+    hidden, targets, mask = predict(model, batch, packed)
+    total = cross_entropy_sum(hidden, model.head(), targets, mask)
+    if pretrained is None:
+        return total, jnp.sum(mask, dtype=jnp.float32)
+    other, _, _ = jax.lax.stop_gradient(predict(pretrained, batch, packed))
+    weight = _of_next(batch["kl_weight"])
+    total += kl_sum(hidden, model.head(), other, pretrained.head(), weight)
+    return total, jnp.sum(mask | (weight > 0), dtype=jnp.float32)
+
+
+def predict(
+    model: nnx.Module, batch: Batch, packed: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The states at each position, the tokens that follow them, and which count.
+
+    All L positions are computed, the last one for nothing, because kernels are made
+    for lengths such as 1024, not 1023.
+    """
+    hidden = model.hidden(
+        batch["tokens"],
+        positions=batch["positions"],
+        # Without it, attention is plainly causal, which is faster and all that padding
+        # at the right needs.
+        segment_ids=batch["segment_ids"] if packed else None,
+    )
+    targets = jnp.roll(batch["tokens"], -1, axis=1)
+    return hidden, targets, _of_next(batch["loss_mask"])
+
+
+def _of_next(x: jax.Array) -> jax.Array:
+    """At each position what x [B, L] has at the next one; the last has none."""
+    return jnp.roll(x, -1, axis=1).at[:, -1].set(jnp.zeros([], x.dtype))
+
+
+def cross_entropy_sum(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> jax.Array:
+    """The sum of ``-log softmax(hidden @ head)[targets]`` where `mask` is True.
+
+    Logits exist for a chunk of positions at a time, in float32, and for positions that
+    do not count hardly any do. Where a gradient is taken, the forward pass forms it
+    too, chunk by chunk, so nothing is computed twice.
+
+    Args:
+      hidden: [B, T, D] in the compute dtype, which the products have too.
+      head: [D, V] in the parameters' dtype.
+      targets: int32 [B, T], each in [0, V).
+      mask: bool [B, T].
+      chunk_bytes: About the most bytes that a chunk's logits may take.
+
+    Returns:
+      A float32 scalar, differentiable in `hidden` and `head`.
+    """
+    return _cross_entropy_sum(hidden, head, targets, mask, chunk_bytes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy_sum(hidden, head, targets, mask, chunk_bytes):
+    kernel = head.astype(hidden.dtype)
+    _, needed, chunks = _counted_first(hidden, targets, mask, head, chunk_bytes)
+
+    def add(i, total):
+        x, targets, mask = (a[i] for a in chunks)
+        logits = _logits(x, kernel)
+        losses = jax.nn.logsumexp(logits, axis=-1) - pick(logits, targets)
+        return total + jnp.sum(losses, where=mask)
+
+    return jax.lax.fori_loop(0, needed, add, jnp.float32(0))
+
+
+def _forward(hidden, head, targets, mask, chunk_bytes):
+    kernel = head.astype(hidden.dtype)
+    order, needed, chunks = _counted_first(hidden, targets, mask, head, chunk_bytes)
+
+    def add(i, carry):
+        total, head_gradient, gradients = carry
+        x, targets, mask = (a[i] for a in chunks)
+        logits = _logits(x, kernel)
+        log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        losses = log_sum[..., 0] - pick(logits, targets)
+        hit = _hit(logits, targets).astype(jnp.float32)
+        gradient = jnp.where(mask[..., None], jnp.exp(logits - log_sum) - hit, 0.0)
+        gradient = gradient.astype(x.dtype)
+        # Tokens in one axis, for which products are fastest; see Llama.
+        rows, gradient = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
+        own = float32_einsum("nd,nv->dv", rows, gradient)
+        gradients = gradients.at[i].set((gradient @ kernel.T).reshape(x.shape))
+        return total + jnp.sum(losses, where=mask), head_gradient + own, gradients
+
+    zeros = jnp.zeros(head.shape, jnp.float32), jnp.zeros_like(chunks[0])
+    start = (jnp.float32(0), *zeros)
+    total, head_gradient, gradients = jax.lax.fori_loop(0, needed, add, start)
+    batch, time, width = hidden.shape
+    gradients = jnp.moveaxis(gradients, 0, 1).reshape(batch, -1, width)[:, :time]
+    gradients = _take(gradients, jnp.argsort(order, axis=1))
+    return total, (gradients, head_gradient.astype(head.dtype))
+
+
+def _backward(_, gradients, scale):
+    return *(scale.astype(g.dtype) * g for g in gradients), None, None
+
+
+_cross_entropy_sum.defvjp(_forward, _backward)
+
+
+def kl_sum(
+    hidden: jax.Array,
+    head: jax.Array,
+    reference_hidden: jax.Array,
+    reference_head: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> jax.Array:
+    """The weighted sum over positions of KL(reference || model), in nats.
+
+    That is the forward divergence, E log(reference / model) under the reference. The
+    arguments are as of `cross_entropy_sum`, of the model and of the reference; weights
+    [B, T], a mask too.
+    """
+    kernels = head.astype(hidden.dtype), reference_head.astype(reference_hidden.dtype)
+
+    def add(total, chunk):
+        x, reference_x, weights = chunk
+        log_q = jax.nn.log_softmax(_logits(x, kernels[0]))
+        log_p = jax.nn.log_softmax(_logits(reference_x, kernels[1]))
+        divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        return total + jnp.sum(divergence * weights), None
+
+    # A gradient computes each chunk's logits again instead of keeping them.
+    weights = weights.astype(jnp.float32)
+    chunks = _chunks(chunk_bytes, head.shape[1], hidden, reference_hidden, weights)
+    return jax.lax.scan(jax.checkpoint(add), jnp.float32(0), chunks)[0]
+
+
+def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    logits = float32_einsum("nd,dv->nv", x.reshape(-1, x.shape[-1]), kernel)
+    return logits.reshape(*x.shape[:-1], -1)
+
+
+def pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The logits [...] of targets [...], of logits [..., V]."""
+    # A sum, which XLA fuses and splits over a mesh, where a gather would do neither.
+    return jnp.sum(logits, axis=-1, where=_hit(logits, targets))
+
+
+def _hit(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    axes = tuple(range(targets.ndim))
+    vocabulary = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    return targets[..., None] == jnp.expand_dims(vocabulary, axes)
+
+
+def _counted_first(
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    head: jax.Array,
+    chunk_bytes: int,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Chunks in which each row's counted positions come first, and how many have any.
+
+    Prompts and padding then need no logits: the loops end where no row has more.
+    """
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    arrays = [_take(x, order) for x in (hidden, targets, mask)]
+    chunks = _chunks(chunk_bytes, head.shape[1], *arrays, least=CHUNKS)
+    longest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+    return order, -(-longest // chunks[0].shape[2]), chunks
+
+
+def _take(x: jax.Array, order: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, order[..., None] if x.ndim > 2 else order, axis=1)
+
+
+def _chunks(
+    chunk_bytes: int, vocabulary: int, *arrays: jax.Array, least: int = 1
+) -> Any:
+    """Arrays [B, T, ...] cut along T and padded with zeros to [chunks, B, C, ...]."""
+    batch, time = arrays[0].shape[:2]
+    needed = math.ceil(4 * batch * time * vocabulary / chunk_bytes)
+    size = math.ceil(time / min(time, max(needed, least)))
+    count = math.ceil(time / size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        padding = ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, padding).reshape(batch, count, size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    return tuple(cut(x) for x in arrays)

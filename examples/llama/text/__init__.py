@@ -1,0 +1,1 @@
+"""Records and texts as tokens: formats, templates, tokenizers, rows."""

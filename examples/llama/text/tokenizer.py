@@ -1,0 +1,259 @@
+"""Tokenizers of Hugging Face and of llama2.c. Nothing here unpickles or runs code."""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from examples.files import write_bytes, write_json
+from examples.llama.text.chat_template import compile_chat_template
+from examples.llama.text.huggingface_tokenizer import read_huggingface_tokenizer
+from examples.llama.text.llama2c_tokenizer import load_llama2c_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer, and the special tokens that its model was trained with.
+
+    Nothing adds a special token but the caller, by its id: text that reads like one
+    stays text, but for `encode_chat`.
+    """
+
+    backend: tokenizers.Tokenizer
+    bos_id: int | None  # what a text begins with, where the model knows such a token
+    eos_ids: tuple[int, ...]  # what ends an answer; training puts the first one there
+    pad_id: int
+    chat_template: str | None = None  # in Jinja, as Hugging Face's
+
+    def __post_init__(self) -> None:
+        self.backend.encode_special_tokens = True  # as plain text, that is
+        # Two settings that some tokenizer.json bring along.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        # Unused here. A saved tokenizer adds what this trainer adds.
+        bos = self._special_tokens().get("bos_token")
+        self.backend.post_processor = bos and TemplateProcessing(
+            single=[bos, "$A"],
+            pair=[bos, "$A", f"{bos}:1", "$B:1"],
+            special_tokens=[(bos, self.bos_id)],
+        )
+
+    def __reduce__(self) -> tuple:
+        # A copy of the backend forgets `encode_special_tokens`.
+        fields = dataclasses.fields(self)
+        return Tokenizer, tuple(getattr(self, field.name) for field in fields)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without a token in front or at the end."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """As `encode`, of many texts at once, and with their offsets."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def encode_chat(self, text: str) -> tokenizers.Encoding:
+        """As `encode`, but special tokens in `text` are recognised.
+
+        It is for what `apply_chat_template` gives.
+        """
+        return self._chat_backend.encode(text, add_special_tokens=False)
+
+    def encode_pieces(
+        self, texts: Sequence[Sequence[str]], *, chat: bool = False
+    ) -> list[list[list[int]]]:
+        """The ids of each piece of each text, no token reaching over two pieces.
+
+        A text's first piece has the ids that `encode` gives it, and so what a model
+        continues is the same in training and in generation. The others have no space
+        put in front, as they go on from the piece before.
+
+        Args:
+          texts: The texts, in pieces.
+          chat: Whether special tokens in the texts are recognised.
+        """
+        flat: list[str] = []
+        skipped: list[int] = []
+        for pieces in texts:
+            before = ""
+            for piece in pieces:
+                anchor, length = self._anchor(before, chat)
+                flat.append(anchor + piece)
+                skipped.append(length)
+                before += piece
+        backend = self._chat_backend if chat else self.backend
+        encodings = backend.encode_batch_fast(flat, add_special_tokens=False)
+        ids = (
+            encoding.ids[length:]
+            for encoding, length in zip(encodings, skipped, strict=True)
+        )
+        return [list(itertools.islice(ids, len(pieces))) for pieces in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of a conversation, as `transformers` has it; see `encode_chat`.
+
+        A template that asks for the date gets 26 July 2024, and so the same text on
+        every day.
+
+        Args:
+          messages: Each of a "role" and a "content".
+          add_generation_prompt: Whether to end with what comes before an answer.
+
+        Raises:
+          ValueError: The tokenizer has no template, or the template is invalid or
+            refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template; expected chat_template.jinja or "
+                '"chat_template" in tokenizer_config.json beside tokenizer.json'
+            )
+        try:
+            return self._compiled_template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens(),
+            )
+        except Exception as error:  # a template can raise anything
+            kind = type(error).__name__
+            raise ValueError(f"the chat template fails: {kind}: {error}") from None
+
+    def find_special_token(self, text: str) -> str | None:
+        """A special token that `text` reads like somewhere, if there is one."""
+        return next((t for t in self._registered if t in text), None)
+
+    def _special_tokens(self) -> dict[str, str]:
+        """The special tokens, by the names that Hugging Face has for them."""
+        ids = {
+            "bos_token": self.bos_id,
+            "eos_token": self.eos_ids[0],
+            "pad_token": self.pad_id,
+        }
+        tokens = {
+            name: self.backend.id_to_token(i)
+            for name, i in ids.items()
+            if i is not None
+        }
+        unknown = getattr(self.backend.model, "unk_token", None)
+        return tokens | ({"unk_token": unknown} if unknown else {})
+
+    def _anchor(self, before: str, chat: bool) -> tuple[str, int]:
+        """What to put before a text that goes on, and how many tokens that gives."""
+        if not before:
+            return "", 0
+        if chat and before.endswith(self._registered):
+            # Behind a special token, some tokenizers begin as at the start of a text.
+            return next(t for t in self._registered if before.endswith(t)), 1
+        return self._byte_anchor
+
+    @functools.cached_property
+    def _registered(self) -> tuple[str, ...]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @functools.cached_property
+    def _chat_backend(self) -> tokenizers.Tokenizer:
+        # Its own, as to change the flag of the other one would not be thread-safe.
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
+
+    @functools.cached_property
+    def _byte_anchor(self) -> tuple[str, int]:
+        # Llama 2's and llama2.c's tokenizers begin every text with a space. "\0" takes
+        # it, which is a byte there, and bytes do not merge with what follows.
+        anchor = self.encode("\0")
+        plain = self.encode("\0a")[len(anchor) :] == self.encode("a")
+        return ("", 0) if plain else ("\0", len(anchor))
+
+    @functools.cached_property
+    def _compiled_template(self) -> jinja2.Template:
+        return compile_chat_template(self.chat_template)
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str], vocab_size: int | None = None
+) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      path: A llama2.c tokenizer file, Hugging Face's tokenizer.json, or a directory
+        with one. Beside a tokenizer.json, tokenizer_config.json,
+        special_tokens_map.json, generation_config.json and chat_template.jinja are
+        read, where they exist.
+      vocab_size: The model's. llama2.c's tokenizers must have as many tokens, the
+        others no id outside of it.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: A file is damaged or no tokenizer, names a token that the tokenizer
+        lacks, or does not fit `vocab_size`; or no end token is named.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.suffix == ".json" or path.read_bytes().lstrip().startswith(b"{"):
+        return Tokenizer(**read_huggingface_tokenizer(path, vocab_size))
+    backend = load_llama2c_tokenizer(path, vocab_size)
+    unknown, start, end = range(3)
+    # Text has no unknown tokens: what has no token of its own becomes bytes.
+    return Tokenizer(backend, bos_id=start, eos_ids=(end,), pad_id=unknown)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, as `load_tokenizer` reads them.
+
+    `transformers.AutoTokenizer` gives the same ids, and puts the bos token in front.
+    Where there are several end tokens and no generation_config.json, that is written
+    too, for it is what names them.
+
+    Args:
+      tokenizer: What to save.
+      directory: An existing directory.
+
+    Raises:
+      OSError: A file cannot be written.
+    """
+    directory = Path(directory)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= tokenizer._special_tokens()
+    config["clean_up_tokenization_spaces"] = False
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    write_json(directory / "tokenizer_config.json", config)
+    generation = directory / "generation_config.json"
+    if len(tokenizer.eos_ids) > 1 and not generation.exists():
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids}
+        write_json(generation, ids)
+    text = tokenizer.backend.to_str(pretty=True)
+    write_bytes(directory / "tokenizer.json", text.encode())
+
+
+def tokenizer_path(tokenizer: Path | None, model: Path) -> Path:
+    """Where the tokenizer is: the one given, or the model's own.
+
+    Raises:
+      OSError: The model is not there.
+      ValueError: It is a file, which has none.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    model.stat()  # the error names the file
+    if not model.is_dir():
+        raise ValueError(f"tokenizer must be given, {model} is no directory")
+    return model

@@ -1,0 +1,1 @@
+"""A training run: its settings, steps, loop, checkpoints and results."""

@@ -1,0 +1,166 @@
+"""What a model has learned and what it has forgotten, measured on the way."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from examples.llama.model.lora import merge_lora
+from examples.llama.model.loss import (
+    Batch,
+    cross_entropy_sum,
+    kl_sum,
+    next_token_loss,
+    predict,
+)
+from examples.llama.model.parameters import parameter_name
+from examples.llama.model.sharding import put_batch
+from examples.llama.text.rows import Dataset, ordered_batches
+from mofo_jax import distance
+
+TITLES = {
+    "eval_loss": "held-out loss (nats per answer token)",
+    "retain_loss": "retained-text loss (nats per token)",
+    "kl": "KL from the pretrained model (nats per token)",
+    "distance": "distance from the pretrained weights",
+    "touched": "share of entries touched",
+}
+
+
+class Measures:
+    """Evaluates parameters on held-out records and on retained text.
+
+    Args:
+      graph: Of the trained model.
+      frozen: Its parameters that do not train.
+      reference: Graph and parameters of the pretrained model, or None.
+      lora_scale: alpha / rank.
+      held_out, retained: What to evaluate on, or None.
+      batch_size: Rows at a time.
+      mesh: That the parameters lie on.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        frozen: nnx.State,
+        reference: tuple[nnx.GraphDef, nnx.State] | None,
+        *,
+        lora_scale: float,
+        held_out: Dataset | None,
+        retained: Dataset | None,
+        batch_size: int,
+        mesh: Mesh,
+    ):
+        self._frozen, self._reference = frozen, reference and reference[1]
+        self._held_out, self._retained = held_out, retained
+        self._batch_size, self._mesh = batch_size, mesh
+
+        @jax.jit
+        def loss(params: nnx.State, frozen: nnx.State, batch: Batch) -> Any:
+            model = nnx.merge(graph, params, frozen)
+            return next_token_loss(model, batch, packed=False)
+
+        @jax.jit
+        def loss_and_kl(
+            params: nnx.State, frozen: nnx.State, pretrained: nnx.State, batch: Batch
+        ) -> Any:
+            model = nnx.merge(graph, params, frozen)
+            other = nnx.merge(reference[0], pretrained)
+            hidden, targets, mask = predict(model, batch, packed=False)
+            other_hidden, _, _ = predict(other, batch, packed=False)
+            total = cross_entropy_sum(hidden, model.head(), targets, mask)
+            kl = kl_sum(hidden, model.head(), other_hidden, other.head(), mask)
+            return total, kl, jnp.sum(mask, dtype=jnp.float32)
+
+        self._loss, self._loss_and_kl = loss, loss_and_kl
+        self._changes = jax.jit(functools.partial(_changes, scale=lora_scale))
+
+    def __call__(self, params: nnx.State) -> dict[str, float]:
+        """Of TITLES those that can be measured; all but the touched share in nats."""
+        values: dict[str, float] = {}
+        if self._held_out is not None:
+            loss = functools.partial(self._loss, params, self._frozen)
+            (values["eval_loss"],) = self._means(self._held_out, loss)
+        if self._retained is not None and self._reference is None:
+            loss = functools.partial(self._loss, params, self._frozen)
+            (values["retain_loss"],) = self._means(self._retained, loss)
+        elif self._retained is not None:
+            loss = functools.partial(
+                self._loss_and_kl, params, self._frozen, self._reference
+            )
+            means = self._means(self._retained, loss)
+            values["retain_loss"], values["kl"] = means
+        if self._reference is not None:
+            tensors = self.per_tensor(params).values()
+            squares = [tensor["distance"] ** 2 for tensor in tensors]
+            values["distance"] = float(np.sqrt(np.sum(squares)))
+            touched = sum(tensor["touched"] * tensor["size"] for tensor in tensors)
+            values["touched"] = touched / sum(tensor["size"] for tensor in tensors)
+        return values
+
+    def per_tensor(self, params: nnx.State) -> dict[str, dict[str, float]]:
+        """How far each weight tensor is from the pretrained one.
+
+        Returns:
+          By the tensor's name: "distance" (Euclidean), "norm" of the pretrained one,
+          "size", and "touched", the share of entries that differ from the pretrained
+          ones: those ever moved, but for any that came back to the same bits. With
+          LoRA the tensors are the merged ones.
+        """
+        if self._reference is None:
+            return {}
+        found = jax.device_get(self._changes(params, self._frozen, self._reference))
+        leaves = jax.tree.leaves_with_path(
+            found, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        result = {}
+        for path, (moved, norm, touched, size) in leaves:
+            result[parameter_name(path)] = {
+                "distance": float(moved),
+                "norm": float(norm),
+                "touched": float(touched) / float(size),
+                "size": float(size),
+            }
+        return result
+
+    def _means(
+        self, dataset: Dataset, sums: Callable[[Batch], tuple[jax.Array, ...]]
+    ) -> list[float]:
+        """Sums over all rows, but for the last one, divided by the last one."""
+        batches = ordered_batches(
+            dataset, self._batch_size, jax.process_index(), jax.process_count()
+        )
+        # Queued before any is fetched, so that the device does not wait.
+        found = [sums(put_batch(batch, self._mesh)) for batch in batches]
+        *totals, count = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
+        return [float(total / count) for total in totals]
+
+
+def full_parameters(
+    params: nnx.State, frozen: nnx.State, scale: float
+) -> dict[str, Any]:
+    """The parameters of the model without LoRA, as nested dictionaries."""
+    return merge_lora(nnx.to_pure_dict(nnx.merge_state(params, frozen)), scale)
+
+
+def _changes(
+    params: nnx.State, frozen: nnx.State, reference: nnx.State, *, scale: float
+) -> Any:
+    def change(x: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
+        touched = jnp.sum(x != start, dtype=jnp.float32)
+        size = jnp.float32(start.size)
+        return (
+            distance(x, start),
+            jnp.linalg.norm(start.astype(jnp.float32)),
+            touched,
+            size,
+        )
+
+    now = full_parameters(params, frozen, scale)
+    return jax.tree.map(change, now, nnx.to_pure_dict(reference))

@@ -1,0 +1,148 @@
+"""What a run leaves behind: the model, sample answers and the report."""
+
+import functools
+import json
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from examples.files import write_json
+from examples.llama.checkpoints.huggingface import save_hugging_face
+from examples.llama.model.generation import generate, left_padded
+from examples.llama.model.llama import Llama
+from examples.llama.model.sharding import shardings_of
+from examples.llama.reporting.report import plot_losses, write_report
+from examples.llama.text.tokenizer import save_tokenizer
+from examples.llama.training.checks import parse_interpolation
+from examples.llama.training.config import settings
+from examples.llama.training.log import read_metrics
+from examples.llama.training.measures import TITLES, full_parameters
+from examples.llama.training.setup import Run, describe
+from examples.llama.training.steps import TrainState
+from mofo_jax.continual import interpolate
+
+SAMPLE_TOKENS = 96
+
+
+def whole_model(run: Run, params: nnx.State) -> Llama:
+    """The model with these parameters, LoRA merged into its weights."""
+    if not run.config.lora_rank:
+        return nnx.merge(run.graph, params, run.fixed.frozen)
+    graph, state = run.plain
+    merged = jax.jit(full_parameters, static_argnums=2)(
+        params, run.fixed.frozen, run.lora_scale
+    )
+    state = jax.tree.map(lambda x: x, state)  # not to change the run's own
+    nnx.replace_by_pure_dict(state, merged)
+    return nnx.merge(graph, state)
+
+
+def interpolated(run: Run, state: TrainState) -> TrainState:
+    """The state between the pretrained and the trained weights, where that is asked.
+
+    The layers' weights go in equal steps from the first one's to the last one's. The
+    embedding has that of the first layer, the last norm and the head that of the last.
+    """
+    if run.config.interpolate is None:
+        return state
+    first, last = parse_interpolation(run.config.interpolate)
+    layers = run.architecture.num_hidden_layers
+
+    def weight(name: str) -> float:
+        if name.startswith("embed_tokens"):
+            return first
+        number = re.match(r"layers/(\d+)/", name)
+        if number is None:
+            return last
+        return first + (last - first) * int(number[1]) / max(1, layers - 1)
+
+    between = jax.jit(
+        functools.partial(interpolate, weight=weight),
+        out_shardings=shardings_of(state.params),
+    )
+    return state._replace(params=between(run.fixed.pretrained, state.params))
+
+
+def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:
+    """The likeliest answers to the first questions, with the expected ones.
+
+    Of held-out records where there are any. In several processes there are none: each
+    would have to hold all parameters.
+    """
+    if jax.process_count() > 1 or not run.config.samples:
+        return []
+    model, tokenizer = whole_model(run, params), run.tokenizer
+    held_out = run.datasets.held_out
+    dataset = run.datasets.training[0] if held_out is None else held_out
+    # The first text of a row, up to the first token that counts, and the rest.
+    texts, prompts = [], []
+    for row in range(min(run.config.samples, len(dataset))):
+        inside = dataset.segment_ids[row] == 1
+        begin = int(np.argmax(dataset.loss_mask[row]))
+        tokens = dataset.tokens[row]
+        prompts.append(tokens[:begin])
+        texts.append(tokens[begin : np.count_nonzero(inside)])
+    length = max(map(len, prompts))
+    room = model.config.max_position_embeddings - length
+    if room < 1:
+        return []
+    tokens, mask = left_padded(prompts, len(prompts), length)
+    new = generate(
+        model,
+        tokens,
+        mask=mask,
+        max_new_tokens=min(SAMPLE_TOKENS, room),
+        eos_id=tokenizer.eos_ids,
+    )
+    return [
+        {
+            "prompt": tokenizer.decode(prompt.tolist()),
+            "expected": tokenizer.decode(text.tolist()),
+            "answer": tokenizer.decode(ids),
+        }
+        for prompt, text, ids in zip(
+            prompts, texts, np.asarray(new).tolist(), strict=True
+        )
+    ]
+
+
+def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]:
+    """Exports the model and writes the report; returns what `train` does."""
+    config = run.config
+    model, output = whole_model(run, state.params), config.output
+    save_hugging_face(
+        model,
+        output / "model",
+        dtype=config.export_dtype or config.param_dtype,
+        source=config.model if config.model.is_dir() else None,
+    )
+    per_tensor = run.measures.per_tensor(state.params)
+    metrics = read_metrics(output / "metrics.jsonl")
+    evaluations = [
+        {name: line[name] for name in TITLES if name in line}
+        for line in metrics
+        if "loss" not in line
+    ]
+    result = {"before": evaluations[0], "after": evaluations[-1], **speed}
+    if jax.process_index() > 0:
+        return result
+    save_tokenizer(run.tokenizer, output / "model")
+    samples = json.loads((output / "samples.json").read_text())
+    for line, later in zip(samples, sample(run, state.params), strict=True):
+        line["before"], line["after"] = line.pop("answer"), later["answer"]
+    plot_losses(metrics, output / "losses.png")
+    write_report(
+        output / "report.html",
+        title=f"{config.method} on {', '.join(run.datasets.names)}",
+        config=settings(config) | describe(run),
+        metrics=metrics,
+        before=result["before"],
+        after=result["after"] | speed,
+        per_tensor=per_tensor,
+        samples=samples,
+    )
+    write_json(output / "result.json", result)
+    return result

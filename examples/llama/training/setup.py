@@ -1,0 +1,227 @@
+"""From a configuration to all that a training run needs, checked on the way."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.architectures import LlamaConfig
+from examples.llama.model.llama import Llama
+from examples.llama.model.lora import add_lora
+from examples.llama.model.loss import next_token_loss
+from examples.llama.model.sharding import (
+    batch_rows,
+    make_mesh,
+    parameter_sharding,
+    replicated,
+)
+from examples.llama.text.rows import Dataset, ordered_batches
+from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
+from examples.llama.training.checks import check, parse_regularizers
+from examples.llama.training.config import Config, same_run
+from examples.llama.training.measures import Measures
+from examples.llama.training.optimizers import Schedule, make_optimizer, make_schedule
+from examples.llama.training.replay import Datasets, add_self_replay, load_data
+from examples.llama.training.steps import Fixed, TrainState, init_state
+from mofo_jax.continual import fisher_diagonal
+
+
+class Run(NamedTuple):
+    """A run that is ready to start."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    datasets: Datasets
+    steps: int
+    state: TrainState
+    fixed: Fixed
+    architecture: LlamaConfig
+    graph: nnx.GraphDef  # of the model that trains
+    plain: tuple[nnx.GraphDef, nnx.State]  # of it without LoRA, shapes only
+    lora_scale: float
+    reference: nnx.GraphDef | None  # of the pretrained model, where the loss needs it
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    measures: Measures
+
+
+def set_up(
+    config: Config, say: Callable[[str], None], *, progress: bool = False
+) -> Run:
+    """Loads and builds everything; writes nothing. `progress` shows bars.
+
+    Raises:
+      ValueError, OSError: As of `train`.
+    """
+    check(config)
+    if jax.process_index() == 0:  # which may write to it before another one looks
+        check_output(config)
+    mesh = make_mesh(config.mesh)
+    rows, among = config.batch_size // config.accumulate, batch_rows(mesh)
+    if rows % among:
+        raise ValueError(
+            f"batch_size / accumulate must be a multiple of {among}, over which the "
+            f"mesh {config.mesh} divides it, got {rows}"
+        )
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    datasets = load_data(config, tokenizer, say)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        sharding=parameter_sharding(mesh),
+    )
+    check_model(config, model, datasets)
+    datasets = add_self_replay(datasets, config, model, tokenizer, progress=progress)
+    model.remat = config.remat
+
+    plain_graph, pretrained = nnx.split(model)
+    plain = plain_graph, jax.eval_shape(lambda: pretrained)
+    if config.lora_rank:
+        add_lora(
+            model,
+            config.lora_rank,
+            config.lora_alpha,
+            rngs=nnx.Rngs(config.seed),
+            sharding=parameter_sharding(mesh),
+        )
+    kind = nnx.LoRAParam if config.lora_rank else nnx.Param
+    graph, params, frozen = nnx.split(model, kind, ...)
+    if config.reference and not config.lora_rank:
+        # A copy, because the training step overwrites the parameters in place.
+        pretrained = jax.tree.map(jnp.copy, pretrained)
+    lora_scale = config.lora_alpha / max(1, config.lora_rank)
+    measures = Measures(
+        graph,
+        frozen,
+        (plain_graph, pretrained) if config.reference else None,
+        lora_scale=lora_scale,
+        held_out=datasets.held_out,
+        retained=datasets.retained,
+        batch_size=rows,
+        mesh=mesh,
+    )
+    steps = config.steps
+    if steps is None:
+        learned = sum(map(len, datasets.training[: datasets.learned]))
+        weights = datasets.weights
+        replayed = sum(weights) / sum(weights[: datasets.learned])
+        examples = learned * replayed
+        steps = max(1, math.ceil(config.epochs * examples / config.batch_size))
+    optimizer = make_optimizer(config, steps)
+    kinds = parse_regularizers(config.regularize)
+    soft = "kl" in kinds or datasets.soft_from is not None
+    needed = kinds or soft or config.interpolate is not None
+    fisher = None
+    if "ewc" in kinds:
+        fisher = estimate_fisher(config, graph, params, frozen, datasets.fisher, mesh)
+    return Run(
+        config=config,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        datasets=datasets,
+        steps=steps,
+        state=init_state(optimizer, params, mesh),
+        fixed=Fixed(frozen, pretrained if needed else None, fisher),
+        architecture=model.config,
+        graph=graph,
+        plain=plain,
+        lora_scale=lora_scale,
+        reference=plain_graph if soft else None,
+        optimizer=optimizer,
+        schedule=make_schedule(config, steps),
+        measures=measures,
+    )
+
+
+def estimate_fisher(
+    config: Config,
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    frozen: nnx.State,
+    dataset: Dataset,
+    mesh: Mesh,
+) -> Any:
+    """The Fisher information of the first of `fisher_data`'s rows, each by itself."""
+
+    @jax.jit
+    def gradient(params: nnx.State, row: Any) -> Any:
+        def loss(params: nnx.State) -> jax.Array:
+            model = nnx.merge(graph, params, frozen)
+            return next_token_loss(model, row, packed=False)[0]
+
+        return jax.grad(loss)(params)
+
+    # A row goes to all devices, of which each has its part of the parameters.
+    rows = itertools.islice(ordered_batches(dataset, 1), config.fisher_records)
+    examples = (jax.device_put(row, replicated(mesh)) for row in rows)
+    with jax.numpy_dtype_promotion("standard"):  # as in compile_step
+        return fisher_diagonal(gradient, params, examples)
+
+
+def check_output(config: Config) -> None:
+    """Raises ValueError unless output is free, or holds this run, not finished."""
+    output = config.output
+    if (output / "config.json").exists():
+        same_run(config, output / "config.json")
+        if (output / "result.json").exists():
+            raise ValueError(f"{output}: holds this run already, and it is finished")
+    elif output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: not empty, and it holds no run to go on with")
+
+
+def by_name(datasets: Datasets) -> dict[str, Dataset]:
+    """All data sets that there are, for messages."""
+    training = zip(datasets.names, datasets.training, strict=True)
+    others = {"eval_data": datasets.held_out, "retain_data": datasets.retained}
+    others["fisher_data"] = datasets.fisher
+    others |= {f"gem {i}": x for i, x in enumerate(datasets.memories, start=1)}
+    return {k: v for k, v in (dict(training) | others).items() if v is not None}
+
+
+def check_length(config: Config, model: Llama) -> None:
+    """Raises ValueError where the rows are longer than the model's positions."""
+    limit = model.config.max_position_embeddings
+    if config.max_length > limit:
+        raise ValueError(
+            f"max_length must be up to the model's {limit}, got {config.max_length}"
+        )
+
+
+def check_model(config: Config, model: Llama, datasets: Datasets) -> None:
+    """Raises ValueError where the tokens do not fit the model."""
+    check_length(config, model)
+    for name, dataset in by_name(datasets).items():
+        if (highest := dataset.tokens.max()) >= model.config.vocab_size:
+            raise ValueError(
+                f"{name}: the tokenizer gives token {highest}, the model has "
+                f"{model.config.vocab_size}: not its tokenizer"
+            )
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What the configuration does not say: sizes, and what became of the records."""
+    return {
+        "steps": run.steps,
+        "mesh": dict(run.mesh.shape),
+        "processes": jax.process_count(),
+        "parameters": sum(x.size for x in jax.tree.leaves(run.plain[1])),
+        "trained_parameters": sum(x.size for x in jax.tree.leaves(run.state.params)),
+        "records": {
+            name: {
+                "rows": len(dataset),
+                "truncated": dataset.truncated,
+                "dropped": dataset.dropped,
+                "skipped": len(dataset.bad),
+            }
+            for name, dataset in by_name(run.datasets).items()
+        },
+    }

@@ -1,0 +1,91 @@
+"""What ranks the entries of each leaf: the scores of :func:`filter_by_momentum`."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mofo_jax._checks import is_rankable
+from mofo_jax._leaves import check_same_shapes, first_moments, leaf_names
+
+Score = str | Callable[[Any, Any, Any, Any], Any]
+
+SCORES = ("momentum", "gradient", "update", "random")
+
+
+def check_score(score: Any, seed: Any) -> None:
+    """Raises unless the arguments of :func:`filter_by_momentum` are such."""
+    if not callable(score) and score not in SCORES:
+        allowed = ", ".join(f'"{s}"' for s in SCORES)
+        raise ValueError(f"score must be one of {allowed} or a function, got {score!r}")
+    if not hasattr(seed, "dtype") and not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+
+
+def scores_of(
+    score: Score,
+    filtered: list[bool],
+    gradients: Any,
+    updates: Any,
+    inner_state: Any,
+    params: Any,
+    *,
+    seed: jax.typing.ArrayLike,
+    step: jax.Array,
+) -> list[Any]:
+    """A score for each leaf; one that is not filtered may lack it.
+
+    Raises:
+      ValueError: The inner state has no first moment, or a function returned something
+        else than an array for each update.
+    """
+    if score == "momentum":
+        return first_moments(inner_state, updates, filtered)
+    if score == "gradient":
+        return jax.tree.leaves(gradients)
+    if score == "update":
+        return jax.tree.leaves(updates)
+    if score == "random":
+        return _random_scores(jax.tree.leaves(updates), filtered, seed, step)
+    assert callable(score)
+    scores = score(gradients, updates, inner_state, params)
+    _check_scores(scores, updates)
+    return jax.tree.leaves(scores)
+
+
+def _random_scores(
+    leaves: list[jax.Array],
+    filtered: list[bool],
+    seed: jax.typing.ArrayLike,
+    step: jax.Array,
+) -> list[jax.Array | None]:
+    """Random 31-bit integers: float draws would tie often and favour low indices."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def draw(i: int, leaf: jax.Array) -> jax.Array:
+        # On a mesh of Explicit axes an array's type carries its sharding.
+        sharding: Any = jax.typeof(leaf).sharding
+        bits = jax.random.bits(
+            jax.random.fold_in(key, i),
+            leaf.shape,
+            jnp.uint32,
+            out_sharding=None if sharding.mesh.are_all_axes_auto else sharding,
+        )
+        return (bits >> 1).astype(jnp.int32)
+
+    return [
+        draw(i, leaf) if is_filtered else None
+        for i, (leaf, is_filtered) in enumerate(zip(leaves, filtered, strict=True))
+    ]
+
+
+def _check_scores(scores: Any, updates: Any) -> None:
+    check_same_shapes("what score returns", scores, "the updates", updates)
+    for name, x in zip(leaf_names(scores), jax.tree.leaves(scores), strict=True):
+        if not is_rankable(dtype := jnp.result_type(x)):
+            raise ValueError(
+                "score must return floating (of 16 bits or more) or complex arrays, "
+                f"got {dtype.name} for {name}"
+            )

@@ -1,0 +1,157 @@
+"""Checkpoints of training: what comes back, and what is said when they fail."""
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from examples.llama.model.sharding import make_mesh, replicated
+from examples.llama.training.checkpoint import Checkpoints, check_space
+from examples.llama.training.steps import init_state
+from mofo_jax import mofo
+from tests.examples.llama.model.test_llama import make
+
+# TensorStore leaves behind tasks whose errors nobody fetches, to be found much later.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    yield
+    gc.collect()  # here, where such errors do not matter
+
+
+@pytest.fixture
+def state():
+    mesh = make_mesh("fsdp=2")
+    params = nnx.state(make(param_dtype=jnp.bfloat16), nnx.Param)
+    params = jax.device_put(params, replicated(mesh))
+    return init_state(mofo(1e-3, 0.1), params, mesh)
+
+
+def test_round_trip(tmp_path, state):
+    odd = jnp.asarray([-0.0, 1e-38, jnp.inf, jnp.nan] * 8, jnp.bfloat16)
+    scale = state.params["norm"]["scale"]
+    scale[...] = jax.device_put(odd, scale[...].sharding)
+    with_position = {"next_index": 12345}
+    first = Checkpoints(tmp_path, keep=2)
+    first.save(3, state, with_position)
+    first.finish()
+    first.close()
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest == 3 and str(tmp_path / "3") in again.where()
+    like = jax.tree.map(jnp.zeros_like, state)
+    restored, position = again.restore(like)
+    assert position == with_position
+    leaves = (jax.tree.leaves_with_path(s) for s in (state, restored))
+    for (path, a), (_, b) in zip(*leaves, strict=True):
+        assert a.dtype == b.dtype, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+    again.close()
+
+
+def test_moves_to_another_mesh(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, {})
+    checkpoints.finish()
+    sharding = NamedSharding(make_mesh("fsdp=4"), PartitionSpec())
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+    restored, _ = checkpoints.restore(like)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        assert len(b.sharding.device_set) == 4
+    checkpoints.close()
+
+
+def test_keeps_the_last(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest is None
+    assert checkpoints.where() == "there is no checkpoint yet"
+    for step in (2, 4, 6, 7):
+        checkpoints.save(step, state, {})
+    checkpoints.finish()
+    checkpoints.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"6", "7"}
+
+
+def test_another_model(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(2, state, {})
+    checkpoints.finish()
+    params = nnx.state(make(num_hidden_layers=3), nnx.Param)
+    other = init_state(optax.adamw(1e-3), params, make_mesh("fsdp=1"))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '2'}: cannot be")):
+        checkpoints.restore(other)
+    checkpoints.close()
+
+
+def test_damaged(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(2, state, {})
+    checkpoints.finish()
+    checkpoints.close()
+    for path in (tmp_path / "2" / "state").rglob("*"):
+        if path.is_file() and path.name != "_METADATA" and path.stat().st_size > 500:
+            path.write_bytes(path.read_bytes()[:200])
+    again = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '2'}: cannot be")):
+        again.restore(state)
+    again.close()
+
+
+def test_no_room(tmp_path, state):
+    check_space(tmp_path / "new" / "run", state, 2)
+    huge = np.broadcast_to(np.float32(0), (1 << 50,))  # of no memory
+    message = r"2 checkpoints and one on the way need \d+\.\d GB, \d+\.\d GB are free"
+    with pytest.raises(OSError, match=message):
+        check_space(tmp_path / "new" / "run", [huge], 2)
+    assert not list(tmp_path.iterdir())
+
+
+PROGRAM = """
+import json, resource, sys
+import jax, jax.numpy as jnp
+from pathlib import Path
+from examples.llama.training.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
+state = {"x": jnp.arange(1 << 20, dtype=jnp.float32)}
+checkpoints.save(1, state, {})
+checkpoints.finish()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))  # a disk that is full
+try:
+    checkpoints.save(2, {"x": jax.random.normal(jax.random.key(0), (1 << 20,))}, {})
+    checkpoints.finish()
+except OSError as error:
+    print(json.dumps([str(error), checkpoints.where()]))
+"""
+
+
+def test_a_write_that_fails(tmp_path):
+    """The system refuses the bytes; the checkpoint before is intact and named."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    message, where = json.loads(result.stdout.splitlines()[-1])
+    assert message.startswith(f"{tmp_path}: a checkpoint cannot be written: ")
+    assert where == f"the last good checkpoint is {tmp_path / '1'}"
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest == 1
+    like = {"x": jnp.zeros(1 << 20)}
+    restored, _ = checkpoints.restore(like)
+    np.testing.assert_array_equal(restored["x"], np.arange(1 << 20, dtype=np.float32))
+    checkpoints.close()

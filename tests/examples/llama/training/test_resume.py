@@ -1,0 +1,225 @@
+"""Runs that are killed or stopped, and go on as if nothing had happened."""
+
+import json
+import random
+import re
+import resource
+import signal
+import time
+
+import pytest
+
+from examples.llama.train import train
+from tests.examples.llama.runs import (
+    config_of,
+    finished,
+    metrics_of,
+    start,
+    tensors_of,
+    write_files,
+)
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Files, and where all the processes keep what they compiled."""
+    root = tmp_path_factory.mktemp("resume")
+    return write_files(root), root / "cache"
+
+
+def config(world, output, **changes):
+    # A checkpoint at every other step, so that many kills fall into a save.
+    options = {"steps": STEPS, "save_every": 2, "eval_every": 20, "alpha": 0.2}
+    return config_of(world[0], output, **options | changes)
+
+
+def run(world, output, code=0, **changes):
+    return finished(start(config(world, output, **changes), world[1]), code)
+
+
+def lines(output):
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(what, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(world, output)
+    return tensors_of(output / "model"), metrics_of(output)
+
+
+def same_as(undisturbed, output):
+    tensors, metrics = undisturbed
+    assert tensors_of(output / "model") == tensors
+    assert metrics_of(output) == metrics
+    assert json.loads((output / "result.json").read_text())["after"] == {
+        name: value for name, value in metrics[-1].items() if name != "step"
+    }
+
+
+def kill_until_done(world, output, moments):
+    """Kills a run with SIGKILL at each of `moments`, then lets it end.
+
+    A moment is a function of the process that returns when it has come. Returns the
+    step at which it went on at last, and whether each kill left a half-written
+    checkpoint.
+    """
+    halves = []
+    for moment in moments:
+        process = start(config(world, output), world[1])
+        moment(process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (output / "result.json").exists()
+        names = [path.name for path in (output / "checkpoints").iterdir()]
+        halves.append(any("tmp" in name for name in names))
+    out, _ = run(world, output)
+    found = re.search(r"going on from the checkpoint of step (\d+)", out)
+    return int(found[1]), halves
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(world, undisturbed, tmp_path):
+    """Kills at a random line of the metrics, the steps being some milliseconds."""
+    output, rng = tmp_path / "run", random.Random(0)
+
+    def moment(at):
+        def wait(process):
+            wait_for(lambda: lines(output) >= at, process)
+            time.sleep(rng.random() * 0.03)
+
+        return wait
+
+    first, second = sorted(rng.sample(range(8, 50), 2))
+    step, _ = kill_until_done(world, output, [moment(first), moment(second)])
+    assert 0 < step < STEPS
+    same_as(undisturbed, output)
+
+
+def test_killed_during_a_save(world, undisturbed, tmp_path):
+    output = tmp_path / "run"
+
+    def saving(process):
+        directory = output / "checkpoints"
+
+        def half_written():
+            names = [p.name for p in directory.iterdir()] if directory.exists() else []
+            return lines(output) > 12 and any("tmp" in name for name in names)
+
+        wait_for(half_written, process)
+
+    # A save may be over before the signal arrives, but hardly three.
+    step, halves = kill_until_done(world, output, [saving] * 3)
+    assert any(halves) and 0 < step < STEPS
+    same_as(undisturbed, output)
+
+
+@pytest.mark.slow
+def test_killed_many_times(world, undisturbed, tmp_path):
+    """At any time from the start of the process on, the export included."""
+    rng, halves = random.Random(1), []
+    for i in range(4):
+        output = tmp_path / str(i)
+        for _ in range(5):
+            process = start(config(world, output), world[1])
+            end = time.monotonic() + rng.uniform(3, 8)
+            while time.monotonic() < end and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+            process.communicate()
+            if (output / "result.json").exists():
+                break
+            directory = output / "checkpoints"
+            names = [p.name for p in directory.iterdir()] if directory.exists() else []
+            halves.append(any("tmp" in name for name in names))
+        if not (output / "result.json").exists():
+            run(world, output)
+        same_as(undisturbed, output)
+    assert len(halves) > 4
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_by_a_signal(world, undisturbed, tmp_path, number, code):
+    """With hardly any checkpoints, so that the one of the signal counts.
+
+    How many there are afterwards may change.
+    """
+    output = tmp_path / "run"
+    process = start(config(world, output, save_every=1000), world[1])
+    wait_for(lambda: lines(output) > 15, process)
+    process.send_signal(number)
+    _, err = finished(process, code)
+    last = err.splitlines()[-1]
+    found = re.fullmatch(
+        rf"train: stopped by signal {number.value} after step (\d+); the same command "
+        rf"goes on from there; the last good checkpoint is (\S+)",
+        last,
+    )
+    step = int(found[1])
+    assert 10 < step < STEPS and found[2] == str(output / "checkpoints" / str(step))
+    assert not (output / "model").exists()
+    out, _ = run(world, output, save_every=25, keep=1)
+    assert f"going on from the checkpoint of step {step}\n" in out
+    kept = [path.name for path in (output / "checkpoints").iterdir()]
+    assert kept == [str(STEPS)]
+    same_as(undisturbed, output)
+
+
+@pytest.mark.slow
+def test_goes_on_upon_another_mesh(world, undisturbed, tmp_path, capsys):
+    """As on the first one, but for rounding."""
+    output = tmp_path / "run"
+    process = start(config(world, output, save_every=1000), world[1])
+    wait_for(lambda: lines(output) > 15, process)
+    process.send_signal(signal.SIGTERM)
+    finished(process, 143)
+    train(config(world, output, mesh="fsdp=2"))
+    assert "going on from the checkpoint of step" in capsys.readouterr().out
+    for line, other in zip(metrics_of(output), undisturbed[1], strict=True):
+        assert line == pytest.approx(other, rel=1e-3)
+
+
+def test_other_settings_are_refused(world, tmp_path):
+    output = tmp_path / "run"
+    process = start(config(world, output), world[1])
+    wait_for(lambda: lines(output) > 5, process)
+    process.kill()
+    process.communicate()
+    _, err = run(world, output, code=2, learning_rate=3e-3)
+    assert "holds a run with learning_rate 0.01, not 0.003; give another" in err
+    assert lines(output) > 5
+
+
+def test_a_disk_that_fills_up(world, tmp_path):
+    """The system refuses to write; the checkpoints before it can be gone on from."""
+    output = tmp_path / "run"
+    process = start(config(world, output, steps=400), world[1])
+    wait_for(lambda: lines(output) > 15, process)
+    limits = (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
+    _, err = finished(process, 2)
+    # Orbax's threads may write their tracebacks after it.
+    said = re.search(r"^train: .*; the last good checkpoint is (\S+)/\d+", err, re.M)
+    assert said and said[1] == str(output / "checkpoints"), err
+    kept = [p.name for p in (output / "checkpoints").iterdir() if p.name.isdigit()]
+    assert kept and not (output / "model").exists()
+    out, _ = run(world, output, steps=400)
+    found = re.search(r"going on from the checkpoint of step (\d+)", out)
+    assert int(found[1]) == max(map(int, kept))

@@ -1,0 +1,79 @@
+"""The trainer in two real processes, over the loopback, beside one process."""
+
+import json
+import re
+import time
+
+import pytest
+
+from tests.examples.llama.runs import (
+    config_of,
+    finished,
+    metrics_of,
+    start,
+    tensors_of,
+    write_files,
+)
+from tests.processes import free_port
+
+CHANGES = {"batch_size": 8, "accumulate": 2, "steps": 10, "alpha": 0.2, "save_every": 4}
+
+
+def pair(files, output, cache, **changes):
+    port = free_port()
+    return [
+        start(
+            config_of(
+                files,
+                output,
+                **CHANGES | changes,
+                mesh="fsdp=2",
+                distributed=True,
+                coordinator=f"localhost:{port}",
+                processes=2,
+                process_id=rank,
+            ),
+            cache,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_two_processes(tmp_path):
+    files, cache = write_files(tmp_path), tmp_path / "cache"
+    alone = start(config_of(files, tmp_path / "one", **CHANGES), cache)
+    both = pair(files, tmp_path / "two", cache)
+    outputs = [finished(process) for process in (alone, *both)]
+    assert "eval_loss" not in outputs[2][0]  # one of the two speaks for both
+    facts = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert facts["processes"] == 2 and facts["mesh"]["fsdp"] == 2
+    found, expected = (metrics_of(tmp_path / name) for name in ("two", "one"))
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=2e-4, abs=1e-6)
+    models = [tensors_of(tmp_path / name / "model") for name in ("two", "one")]
+    assert models[0].keys() == models[1].keys()
+    assert [len(x) for x in models[0].values()] == [len(x) for x in models[1].values()]
+    assert "going on" not in outputs[1][0]
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_going_on(tmp_path):
+    """SIGTERM to one of them stops both after the same step."""
+    files, cache = write_files(tmp_path), tmp_path / "cache"
+    output = tmp_path / "run"
+    changes = {"steps": 60, "save_every": 1000, "eval_every": 1000}
+    both = pair(files, output, cache, **changes)
+    metrics = output / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 15:
+        assert time.monotonic() < end and all(p.poll() is None for p in both)
+        time.sleep(0.01)
+    both[1].terminate()
+    errors = [finished(process, 143)[1] for process in both]
+    steps = [re.search(r"signal 15 after step (\d+);", text)[1] for text in errors]
+    assert steps[0] == steps[1]
+    assert (output / "checkpoints" / steps[0]).is_dir()
+    both = pair(files, output, cache, **changes)
+    (out, _), _ = [finished(process, timeout=250) for process in both]
+    assert f"going on from the checkpoint of step {steps[0]}\n" in out
+    assert (output / "model" / "model.safetensors").exists()
