@@ -34,7 +34,7 @@ from examples.llama.model.llama import Llama
 from examples.llama.model.parameters import DTypeName
 from examples.llama.model.sharding import make_mesh, put_batch, replicated
 from examples.llama.training.config import Config
-from examples.llama.training.optimizers import make_optimizer
+from examples.llama.training.optimizers import make_optimizer, make_schedule
 from examples.llama.training.steps import Fixed, compile_step, init_state, make_step
 
 SHAPES = {
@@ -113,7 +113,7 @@ def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], 
 
     graph, _ = nnx.split(nnx.eval_shape(new))
     params = jax.device_put(create(), replicated(mesh))
-    optimizer = make_optimizer(config, 9)
+    optimizer = make_optimizer(config, make_schedule(config, 9))
     state = init_state(optimizer, params, mesh)
     step = make_step(graph, optimizer, lambda _: 0.0, packed=False)
     compiled, fixed = None, Fixed(nnx.State({}))

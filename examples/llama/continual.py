@@ -31,7 +31,8 @@ from examples.llama.text.records import Message, Record, read_records
 from examples.llama.text.tokenizer import load_tokenizer, tokenizer_path
 from examples.llama.train import train
 from examples.llama.training.checks import check
-from examples.llama.training.config import Config, parse
+from examples.llama.training.config import Config
+from examples.llama.training.parsing import parse
 from examples.llama.training.setup import check_length
 from mofo_jax.continual import (
     backward_transfer,

@@ -29,9 +29,10 @@ from examples.llama.model.flops import peak_flops, training_flops
 from examples.llama.model.sharding import put_batch
 from examples.llama.text.rows import records_of
 from examples.llama.training.checkpoint import Checkpoints, check_space
-from examples.llama.training.config import Config, parse, settings
+from examples.llama.training.config import Config
 from examples.llama.training.log import MetricsLog
 from examples.llama.training.measures import TITLES
+from examples.llama.training.parsing import parse, settings
 from examples.llama.training.replay import save_self_replay
 from examples.llama.training.results import finish, interpolated, sample
 from examples.llama.training.setup import Run, describe, set_up

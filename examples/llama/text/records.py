@@ -97,8 +97,15 @@ def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Rec
     return Records(records, bad)
 
 
-def parse_mixture(text: str) -> tuple[str, float]:
-    """Splits "FILE:WEIGHT", a source of records and its share of the rows.
+class Source(NamedTuple):
+    """Where records come from, and how much they weigh among those of other sources."""
+
+    path: str  # a file, or hf:NAME
+    weight: float
+
+
+def parse_source(text: str) -> Source:
+    """The source that "FILE:WEIGHT" names.
 
     Without a number at the end the weight is 1. A name that itself ends in a colon
     and a number needs a weight behind it.
@@ -117,7 +124,7 @@ def parse_mixture(text: str) -> tuple[str, float]:
         raise ValueError(f"{text!r} names no file; expected FILE or FILE:WEIGHT")
     if not 0 < weight < math.inf:
         raise ValueError(f"{text!r} has weight {end}; expected one above 0, and finite")
-    return name, weight
+    return Source(name, weight)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

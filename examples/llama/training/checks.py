@@ -2,15 +2,13 @@
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from examples.checks import check_least, check_seed
-from examples.llama.text.records import parse_mixture
 from examples.llama.text.tokenizer import tokenizer_path
-from examples.llama.training.config import METHODS, REGULARIZERS, SELF, Config
+from examples.llama.training.config import METHODS, SELF, Config
 
 
 def check(config: Config) -> None:
@@ -63,12 +61,10 @@ def check(config: Config) -> None:
         if (path := getattr(config, name)) is not None:
             path.stat()  # the error names the file
     tokenizer_path(config.tokenizer, config.model)
-    kept = [*config.replay, *config.gem, config.fisher_data]
-    own = [text is not None and parse_mixture(text)[0] == SELF for text in kept]
-    files = [text for text, is_own in zip(kept, own, strict=True) if not is_own]
-    for text in (*config.data, config.eval_data, *files):
-        if text is not None and not text.startswith("hf:"):
-            Path(parse_mixture(text)[0]).stat()
+    mixed = (source.path for source in (*config.sources, *config.replayed))
+    for path in (*mixed, *config.gem, config.eval_data, config.fisher_data):
+        if path not in (None, SELF) and not path.startswith("hf:"):
+            Path(path).stat()
     output = config.output.absolute()
     existing = next(p for p in (output, *output.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -90,71 +86,21 @@ def _check_devices(config: Config) -> None:
 
 def _check_kept(config: Config) -> None:
     """Raises ValueError for a bad setting of what works against forgetting."""
-    for text in config.replay:
-        if parse_mixture(text)[0] == text:
-            raise ValueError(f"replay must be FILE:SHARE, got {text!r}")
-    kinds = parse_regularizers(config.regularize)
-    replayed = [parse_mixture(text)[0] for text in config.replay]
-    if replayed.count(SELF) > 1:
+    kinds, interpolation = config.penalties, config.interpolation
+    if [source.path for source in config.replayed].count(SELF) > 1:
         raise ValueError(f"replay must name {SELF} at most once, got {config.replay}")
     if ("ewc" in kinds) != (config.fisher_data is not None):
         raise ValueError("regularize ewc and fisher_data need each other, got one")
     if not 0 <= config.gem_margin < math.inf:
         raise ValueError(f"gem_margin must be 0 or above, got {config.gem_margin}")
-    soft = SELF in replayed and config.soft_targets
-    if not config.reference and (kinds or soft or config.interpolate):
+    if not config.reference and (kinds or config.has_soft_targets or interpolation):
         raise ValueError(
             "regularize, interpolate and soft_targets need the pretrained weights: "
             "leave out --no-reference"
         )
     distances = sorted(kinds.keys() - {"kl"})
-    if config.lora_rank and (distances or config.interpolate):
+    if config.lora_rank and (distances or interpolation):
         raise ValueError(
             f"{distances[0] if distances else 'interpolate'} is not for LoRA, which "
             "leaves the pretrained weights as they are; lower lora_alpha instead"
         )
-    if config.interpolate is not None:
-        parse_interpolation(config.interpolate)
-
-
-def parse_regularizers(texts: Sequence[str]) -> dict[str, float]:
-    """The strength of each kind of penalty.
-
-    Raises:
-      ValueError: A text is not KIND:X with a known kind and X above 0, or one comes
-        twice.
-    """
-    found: dict[str, float] = {}
-    for text in texts:
-        kind, _, strength = text.partition(":")
-        if kind not in REGULARIZERS or kind in found:
-            raise ValueError(
-                f"regularize must be KIND:X, each kind once, among "
-                f"{', '.join(REGULARIZERS)}; got {text!r}"
-            )
-        found[kind] = _number("regularize", strength, text)
-        if not 0 < found[kind] < math.inf:
-            raise ValueError(f"regularize must have X above 0, got {text!r}")
-    return found
-
-
-def parse_interpolation(text: str) -> tuple[float, float]:
-    """The weights of the first and the last layer of "W" or "W:W".
-
-    Raises:
-      ValueError: They are no numbers from 0 to 1.
-    """
-    first, colon, last = text.partition(":")
-    weights = [
-        _number("interpolate", x, text) for x in (first, last if colon else first)
-    ]
-    if not all(0 <= weight <= 1 for weight in weights):
-        raise ValueError(f"interpolate must be 0 to 1, got {text!r}")
-    return weights[0], weights[1]
-
-
-def _number(name: str, text: str, whole: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} needs a number, got {whole!r}") from None

@@ -1,18 +1,20 @@
-"""What a training run is told: its settings, and the presets."""
+"""The settings of a training run."""
 
 import dataclasses
-import json
-import sys
-from collections.abc import Sequence
+import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from examples.files import read_json_object
 from examples.llama.model.parameters import DTypeName
+from examples.llama.text.records import Source, parse_source
+from examples.llama.training.flags import parse_interpolation, parse_penalties
 
-Many = tyro.conf.UseAppendAction
+_Many = tyro.conf.UseAppendAction
+
+METHODS = ("adamw", "mofo", "lion", "mofo-lion", "gradient", "mv", "random", "hft")
+SELF = "self"  # the name of what the pretrained model writes, among replayed files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Config:
     """A Hugging Face directory (config.json, safetensors), or a llama2.c checkpoint."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
-    data: Annotated[tuple[str, ...], Many, tyro.conf.arg(metavar="FILE[:WEIGHT]")]
+    data: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="FILE[:WEIGHT]")]
     """Records to learn: JSON lines, or hf:NAME for a data set of the hub. Given several
     times, rows are drawn from each by its weight."""
     eval_data: str | None = None
@@ -77,7 +79,7 @@ class Config:
     """LoRA's alpha: the product is multiplied by alpha / rank."""
 
     # Against forgetting
-    regularize: Annotated[tuple[str, ...], Many, tyro.conf.arg(metavar="KIND:X")] = ()
+    regularize: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="KIND:X")] = ()
     """A penalty of strength X, several times too: l1 or l2, the distance from the
     pretrained weights, in the loss; l1-decoupled or l2-decoupled, beside it, as weight
     decay is; ewc, l2 weighted by the Fisher information of --fisher-data; kl, the
@@ -87,14 +89,14 @@ class Config:
     texts that the pretrained model writes."""
     fisher_records: int = 128
     """How many of them."""
-    replay: Annotated[tuple[str, ...], Many, tyro.conf.arg(metavar="FILE:SHARE")] = ()
+    replay: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="FILE:SHARE")] = ()
     """Records to see again, SHARE rows of them for each row of --data; several times
     too. self:SHARE replays texts that the pretrained model writes by itself."""
     self_replay_rows: int = 256
     """How many texts the pretrained model writes."""
     soft_targets: bool = True
     """Replay those texts by the pretrained model's predictions, not as plain text."""
-    gem: Annotated[tuple[str, ...], Many, tyro.conf.arg(metavar="FILE")] = ()
+    gem: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="FILE")] = ()
     """Records of an earlier task, whose loss no step may raise (GEM), or self; several
     times too. Each takes a gradient more per step."""
     gem_margin: float = 0.5
@@ -153,116 +155,49 @@ class Config:
     export_dtype: DTypeName | None = None
     """Of the exported model; by default the parameters'."""
 
+    # The same as typed values. What is wrong with a text is a ValueError here, which
+    # `check` brings about before any work begins.
 
-METHODS = ("adamw", "mofo", "lion", "mofo-lion", "gradient", "mv", "random", "hft")
-REGULARIZERS = ("l1", "l2", "l1-decoupled", "l2-decoupled", "ewc", "kl")
-SELF = "self"  # the name of what the pretrained model writes, among replayed files
+    @functools.cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """What to learn."""
+        return tuple(map(parse_source, self.data))
 
-# The paper's runs, as far as it tells their settings.
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama2-7b-metamathqa": {
-        "alpha": 0.15,
-        "learning_rate": 2e-5,
-        "epochs": 2.0,
-        "batch_size": 128,
-        "max_length": 1024,
-        "dtype": "bfloat16",
-        "remat": "dots",
-    },
-    # One task of TRACE; the others have 3, 7, 5, 3, 5, 5 and 7 epochs.
-    "tinyllama-trace": {
-        "alpha": 0.05,
-        "learning_rate": 1e-5,
-        "epochs": 5.0,
-        "batch_size": 128,
-        "max_length": 1024,
-        "dtype": "bfloat16",
-        "remat": "dots",
-    },
-    # Not in the paper: its recipe, on the smallest Llama 3.
-    "llama3.2-1b-gsm8k": {
-        "alpha": 0.15,
-        "learning_rate": 2e-5,
-        "epochs": 3.0,
-        "batch_size": 128,
-        "max_length": 512,
-        "dtype": "bfloat16",
-        "remat": "dots",
-    },
-}
+    @functools.cached_property
+    def replayed(self) -> tuple[Source, ...]:
+        """What to see again, with a row's share for each row to learn."""
+        found = tuple(map(parse_source, self.replay))
+        for text, source in zip(self.replay, found, strict=True):
+            if source.path == text:
+                raise ValueError(f"replay must be FILE:SHARE, got {text!r}")
+        return found
 
+    @functools.cached_property
+    def self_replay_share(self) -> float | None:
+        """The share of what the pretrained model writes, where that is replayed."""
+        shares = (source.weight for source in self.replayed if source.path == SELF)
+        return next(shares, None)
 
-def parse(argv: Sequence[str] | None, program: str, description: str) -> Config:
-    """The configuration of a command line; SystemExit with code 2 where it is bad.
+    @property
+    def needs_own_texts(self) -> bool:
+        """Whether the pretrained model has to write texts."""
+        return self.self_replay_share is not None or SELF in (
+            *self.gem,
+            self.fisher_data,
+        )
 
-    Raises:
-      ValueError: The preset is unknown, or the file of --config is no configuration.
-      OSError: That file cannot be read.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    early, _ = tyro.cli(_Early, args=argv, return_unknown_args=True, add_help=False)
-    if early.preset is not None and early.preset not in PRESETS:
-        allowed = ", ".join(PRESETS)
-        raise ValueError(f"preset must be one of {allowed}; got {early.preset!r}")
-    preset = {} if early.preset is None else PRESETS[early.preset]
-    options = [] if early.config is None else _options(early.config)
-    for flag in ("--data", "--regularize", "--replay", "--gem"):  # no mixture of both
-        if any(x == flag or x.startswith(f"{flag}=") for x in argv):
-            options = [x for x in options if not x.startswith(f"{flag}=")]
-    required = dict.fromkeys(("model", "data", "output"), tyro.MISSING)
-    return tyro.cli(
-        Config,
-        prog=program,
-        args=options + argv,  # the last one wins
-        description=description,
-        default=Config(**required | preset),
-    )
+    @property
+    def has_soft_targets(self) -> bool:
+        """Whether replayed texts have the pretrained model's predictions as targets."""
+        return self.self_replay_share is not None and self.soft_targets
 
+    @functools.cached_property
+    def penalties(self) -> dict[str, float]:
+        """The strength of each kind of penalty."""
+        return parse_penalties(self.regularize)
 
-@dataclasses.dataclass
-class _Early:
-    preset: str | None = None
-    config: Path | None = None
-
-
-def _options(path: Path) -> list[str]:
-    """The settings of a JSON file as flags, which then are checked as such."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    options = []
-    for name, value in read_json_object(path).items():
-        if name not in names:
-            allowed = ", ".join(names)
-            raise ValueError(f"{path}: unknown setting {name!r}; allowed: {allowed}")
-        flag = name.replace("_", "-")
-        if name in ("preset", "config") or value is None:
-            continue  # the other settings say what those two did
-        if isinstance(value, bool):
-            options.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            many = value if isinstance(value, list) else [value]
-            options += [f"--{flag}={x}" for x in many]
-    return options
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """All settings as JSON has them, with absolute paths of files."""
-    values = dataclasses.asdict(config)
-    return {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in values.items()
-    }
-
-
-def same_run(config: Config, path: Path) -> None:
-    """Raises ValueError unless the config.json at `path` is of the same run."""
-    stored = read_json_object(path)
-    # What may differ between the parts of a run, which changes nothing but rounding.
-    free = {"preset", "config", "distributed", "coordinator", "processes", "process_id"}
-    free |= {"mesh", "save_every", "keep"}
-    # Through JSON, in which data's tuple is a list.
-    for name, value in json.loads(json.dumps(settings(config))).items():
-        if name not in free and stored.get(name) != value:
-            raise ValueError(
-                f"{config.output}: holds a run with {name} {stored.get(name)!r}, not "
-                f"{value!r}; give another output, or the same settings to go on with it"
-            )
+    @functools.cached_property
+    def interpolation(self) -> tuple[float, float] | None:
+        """The weight of the trained parameters in the first and in the last layer."""
+        text = self.interpolate
+        return None if text is None else parse_interpolation(text)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.llama.training.checks import parse_regularizers
 from examples.llama.training.config import Config
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
 from mofo_jax.continual import add_distance_penalty, half_fine_tuning_mask
@@ -39,22 +38,21 @@ def make_schedule(config: Config, steps: int) -> Schedule:
     return optax.join_schedules([rising, after], [warmup])
 
 
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransformation:
     """Penalties, clipping, the method and weight decay, as one transformation.
 
     Adam's constants are those of the authors' code, Lion's those of its paper, and the
     filter leaves norms to the plain optimizer, as the authors' code does. Penalties
     need extra arguments, see `mofo_jax.continual.add_distance_penalty`.
     """
-    rate = make_schedule(config, steps)
-    strengths = parse_regularizers(config.regularize)
+    strengths = config.penalties
     # A decay of 0 would still be computed.
     decay = config.weight_decay and optax.add_decayed_weights(config.weight_decay)
     method = optax.chain(
         _direction(config),
         decay or optax.identity(),
         _penalty(strengths, "-decoupled"),
-        optax.scale_by_learning_rate(rate),
+        optax.scale_by_learning_rate(schedule),
     )
     if config.method == "hft":
         method = _half(method, config.seed)

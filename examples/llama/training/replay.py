@@ -18,7 +18,6 @@ from examples import terminal
 from examples.files import write_json_lines
 from examples.llama.model.generation import generate
 from examples.llama.model.llama import Llama
-from examples.llama.text.records import parse_mixture
 from examples.llama.text.rows import Dataset, load_dataset, load_text, one_a_row
 from examples.llama.text.templates import Example
 from examples.llama.text.tokenizer import Tokenizer
@@ -66,9 +65,9 @@ def load_data(
             say(f"  {reason}")
         return found
 
-    names, weights = map(list, zip(*map(parse_mixture, config.data), strict=True))
+    names, weights = map(list, zip(*config.sources, strict=True))
     learned, total = len(names), sum(weights)
-    for path, share in map(parse_mixture, config.replay):
+    for path, share in config.replayed:
         if path != SELF:
             names.append(path)
             weights.append(share * total)
@@ -102,8 +101,7 @@ def add_self_replay(
       ValueError: There are several processes, or the tokenizer has no bos token; or the
         file is not what `save_self_replay` wrote.
     """
-    share = dict(map(parse_mixture, config.replay)).get(SELF)
-    if share is None and SELF not in (*config.gem, config.fisher_data):
+    if not config.needs_own_texts:
         return datasets
     path = config.output / "self_replay.jsonl"
     if path.exists():
@@ -136,7 +134,7 @@ def add_self_replay(
         datasets = datasets._replace(memories=[*datasets.memories, rows])
     if config.fisher_data == SELF:
         datasets = datasets._replace(fisher=rows)
-    if share is None:
+    if (share := config.self_replay_share) is None:
         return datasets
     before = sum(map(len, datasets.training))
     total = sum(datasets.weights[: datasets.learned])

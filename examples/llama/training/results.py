@@ -16,10 +16,9 @@ from examples.llama.model.llama import Llama
 from examples.llama.model.sharding import shardings_of
 from examples.llama.reporting.report import plot_losses, write_report
 from examples.llama.text.tokenizer import save_tokenizer
-from examples.llama.training.checks import parse_interpolation
-from examples.llama.training.config import settings
 from examples.llama.training.log import read_metrics
 from examples.llama.training.measures import TITLES, full_parameters
+from examples.llama.training.parsing import settings
 from examples.llama.training.setup import Run, describe
 from examples.llama.training.steps import TrainState
 from mofo_jax.continual import interpolate
@@ -46,9 +45,9 @@ def interpolated(run: Run, state: TrainState) -> TrainState:
     The layers' weights go in equal steps from the first one's to the last one's. The
     embedding has that of the first layer, the last norm and the head that of the last.
     """
-    if run.config.interpolate is None:
+    if run.config.interpolation is None:
         return state
-    first, last = parse_interpolation(run.config.interpolate)
+    first, last = run.config.interpolation
     layers = run.architecture.num_hidden_layers
 
     def weight(name: str) -> float:

@@ -24,10 +24,11 @@ from examples.llama.model.sharding import (
 )
 from examples.llama.text.rows import Dataset, ordered_batches
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
-from examples.llama.training.checks import check, parse_regularizers
-from examples.llama.training.config import Config, same_run
+from examples.llama.training.checks import check
+from examples.llama.training.config import Config
 from examples.llama.training.measures import Measures
 from examples.llama.training.optimizers import Schedule, make_optimizer, make_schedule
+from examples.llama.training.parsing import same_run
 from examples.llama.training.replay import Datasets, add_self_replay, load_data
 from examples.llama.training.steps import Fixed, TrainState, init_state
 from mofo_jax.continual import fisher_diagonal
@@ -116,10 +117,11 @@ def set_up(
         replayed = sum(weights) / sum(weights[: datasets.learned])
         examples = learned * replayed
         steps = max(1, math.ceil(config.epochs * examples / config.batch_size))
-    optimizer = make_optimizer(config, steps)
-    kinds = parse_regularizers(config.regularize)
+    schedule = make_schedule(config, steps)
+    optimizer = make_optimizer(config, schedule)
+    kinds = config.penalties
     soft = "kl" in kinds or datasets.soft_from is not None
-    needed = kinds or soft or config.interpolate is not None
+    needed = kinds or soft or config.interpolation is not None
     fisher = None
     if "ewc" in kinds:
         fisher = estimate_fisher(config, graph, params, frozen, datasets.fisher, mesh)
@@ -137,7 +139,7 @@ def set_up(
         lora_scale=lora_scale,
         reference=plain_graph if soft else None,
         optimizer=optimizer,
-        schedule=make_schedule(config, steps),
+        schedule=schedule,
         measures=measures,
     )
 

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from examples.llama.text.rows import Batch, training_batches
-from examples.llama.training.checks import parse_regularizers
 from examples.llama.training.config import Config
 from examples.llama.training.replay import Datasets
 
@@ -37,7 +36,7 @@ class Streams:
         for i, memory in enumerate(datasets.memories, start=1):
             self._streams.append(stream([memory], [1.0], config.seed + i))
         self._soft_from = datasets.soft_from
-        self._kl = parse_regularizers(config.regularize).get("kl", 0.0)
+        self._kl = config.penalties.get("kl", 0.0)
 
     def __next__(self) -> Batches:
         batch, *memories = [dict(next(stream)) for stream in self._streams]

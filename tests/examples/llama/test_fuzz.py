@@ -17,7 +17,8 @@ from examples.llama.checkpoints.llama2c import load_llama2c
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.text.records import read_records
 from examples.llama.text.tokenizer import load_tokenizer
-from examples.llama.training import config as configuration
+from examples.llama.training.parsing import parse
+from examples.llama.training.presets import PRESETS
 from tests.examples.llama.checkpoints.huggingface_files import CONFIG, write_checkpoint
 from tests.examples.llama.checkpoints.llama2c_files import (
     BASE,
@@ -146,29 +147,27 @@ def test_model_configurations(key, value, extra):
         from_hugging_face(value)
 
 
-def parse(path):
+def parse_file(path):
     """As the command line does, which ends with code 2 where a value is bad."""
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            configuration.parse([f"--config={path}"], "train", "")
+            parse([f"--config={path}"], "train", "")
         except SystemExit as end:
             assert end.code == 2
 
 
-@given(
-    key=st.sampled_from([*configuration.PRESETS["tinyllama-trace"], "x"]), value=JSON
-)
+@given(key=st.sampled_from([*PRESETS["tinyllama-trace"], "x"]), value=JSON)
 def test_run_configurations(valid, key, value):
     path = valid.parent / f"config-{os.getpid()}.json"
     path.write_text(
         json.dumps({"model": "m", "data": ["d"], "output": "o", key: value})
     )
     with contextlib.suppress(ValueError, OSError):
-        parse(path)
+        parse_file(path)
 
 
 @given(damages())
 def test_damaged_run_configurations(valid, damage):
     path = damaged(valid, "config.json", damage)
     with only_documented_errors(path.parent):
-        parse(path)
+        parse_file(path)

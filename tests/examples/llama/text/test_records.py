@@ -10,7 +10,7 @@ from examples.llama.text.records import (
     ROLES,
     Message,
     Record,
-    parse_mixture,
+    parse_source,
     read_records,
 )
 from tests.examples.llama.checkpoints.llama2c_files import refused
@@ -313,19 +313,19 @@ def test_datasets_library(tmp_path, monkeypatch):
         ("a:", "a:", 1),
     ],
 )
-def test_parse_mixture(text, name, weight):
-    assert parse_mixture(text) == (name, weight)
+def test_parse_source(text, name, weight):
+    assert parse_source(text) == (name, weight)
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e999", "-0.0"])
-def test_parse_mixture_weights(weight):
+def test_parse_source_weights(weight):
     with refused(
         f"'a.jsonl:{weight}' has weight {weight}; expected one above 0, and finite"
     ):
-        parse_mixture(f"a.jsonl:{weight}")
+        parse_source(f"a.jsonl:{weight}")
 
 
 @pytest.mark.parametrize("text", ["", " ", ":2", " :1"])
-def test_parse_mixture_names(text):
+def test_parse_source_names(text):
     with refused(f"{text!r} names no file; expected FILE or FILE:WEIGHT"):
-        parse_mixture(text)
+        parse_source(text)

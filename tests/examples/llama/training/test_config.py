@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from examples.llama.training.checks import check
-from examples.llama.training.config import PRESETS, Config, parse, same_run, settings
+from examples.llama.training.config import Config
+from examples.llama.training.parsing import parse, same_run, settings
+from examples.llama.training.presets import PRESETS
 
 REQUIRED = ["--model=m", "--data=d", "--output=o", "--steps=3"]
 

@@ -16,7 +16,7 @@ FILES = {"model": None, "data": ()}
 
 def make(**changes):
     config = config_of(FILES, None, **{"steps": 12} | changes)
-    optimizer = make_optimizer(config, 12)
+    optimizer = make_optimizer(config, make_schedule(config, 12))
 
     @jax.jit
     def update(gradients, state, params, **extra):
