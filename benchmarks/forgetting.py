@@ -34,8 +34,8 @@ from examples import compilation, terminal
 from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
-from examples.llama.train import train
 from examples.llama.training.config import Config
+from examples.llama.training.loop import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

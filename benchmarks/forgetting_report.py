@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.forgetting_methods import GROUPS, METHODS, Settings, describe
 from benchmarks.matched import Curve, compare, frontier, table
 from benchmarks.outputs import made_with
+from examples.llama.reporting.measured import MEASURES
 from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
 
 ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
@@ -22,7 +23,7 @@ REFERENCES = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}  # in every panel
 COLOURS = ("#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
 LINES = {"mofo": "--", "gradient": ":"}
 MARKERS = "D^vPXdp<>*"  # each curve of a group has its own
-MEASURES = {"retain_loss": "retained-text loss", "kl": "KL"}
+FORGOTTEN = ("retain_loss", "kl")
 
 Results = dict[str, Any]
 
@@ -99,7 +100,8 @@ def report(results: Results) -> str:
         "",
     ]
     titles = {name: (method.title,) for name, method in METHODS.items()}
-    for measure, title in MEASURES.items():
+    for measure in FORGOTTEN:
+        title = MEASURES[measure].name
         lines += [
             f"## {title[0].upper()}{title[1:]} at a matched held-out loss",
             "",
@@ -187,9 +189,9 @@ def plot(results: Results, image: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1 + 4 * len(groups), 9), layout="constrained")
         axes = figure.subplots(
-            len(MEASURES), len(groups), sharex=True, sharey="row", squeeze=False
+            len(FORGOTTEN), len(groups), sharex=True, sharey="row", squeeze=False
         )
-        for row, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+        for row, measure in zip(axes, FORGOTTEN, strict=True):
             found = measured(results, measure)
             for ax, group in zip(row, groups, strict=True):
                 for name, points in found.items():
@@ -204,11 +206,11 @@ def plot(results: Results, image: Path) -> None:
                     margin = 0.1 * (high - low)
                     ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
                     ax.set_ylim(before[measure] - margin[1], high[1] + margin[1])
-            row[0].set_ylabel(f"{title} (nats per token)")
+            row[0].set_ylabel(MEASURES[measure].label)
         for ax, group in zip(axes[0], groups, strict=True):
             ax.set_title(group)
         for ax in axes[-1]:
-            ax.set_xlabel("held-out loss (nats per answer token)")
+            ax.set_xlabel(MEASURES["eval_loss"].label)
             bars, titles = ax.get_legend_handles_labels()
             if bars:
                 ax.legend(

@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks.landscape_report import METHODS, TITLES, plot
+from benchmarks.landscape_report import METHODS, SHOWN, plot
 from benchmarks.outputs import make_room
 from benchmarks.suites import Inputs
 from examples import terminal
@@ -33,7 +33,7 @@ from examples.files import write_json
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.sharding import parameter_sharding
 from examples.llama.text.records import read_text
-from examples.llama.train import train
+from examples.llama.training.loop import train
 from examples.llama.training.setup import set_up
 from mofo_jax.continual import interpolate
 
@@ -109,7 +109,7 @@ def measure(args: Args) -> dict[str, Any]:
                 found = run.measures(params)
                 bar.set_postfix_str(f"loss {found['eval_loss']:.3f}", refresh=False)
                 bar.update()
-                return {name: found[name] for name in TITLES}
+                return {name: found[name] for name in SHOWN}
 
             lines = {
                 method: _line(at, start, end, args.points)
@@ -158,7 +158,7 @@ def _plane(
 
 
 def _columns(found: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [values[name] for values in found] for name in TITLES}
+    return {name: [values[name] for values in found] for name in SHOWN}
 
 
 @jax.jit

@@ -7,9 +7,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from examples.llama.reporting.measured import MEASURES
 from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
 
-TITLES = {"eval_loss": "held-out loss", "retain_loss": "retained-text loss"}
+SHOWN = ("eval_loss", "retain_loss")
 METHODS = {"adamw": "AdamW", "mofo": "MoFO 10%"}
 LEVELS = 14  # of the contours
 
@@ -19,7 +20,8 @@ def plot(results: dict[str, Any], image: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 7.5), layout="constrained")
         axes = figure.subplots(2, 2)
-        for column, (measure, title) in enumerate(TITLES.items()):
+        for column, measure in enumerate(SHOWN):
+            title = MEASURES[measure].name
             upper, lower = axes[:, column]
             for method, name in METHODS.items():
                 line = results["lines"][method]
@@ -34,7 +36,7 @@ def plot(results: dict[str, Any], image: Path) -> None:
                 )
             upper.set_title(f"{title}, on the lines")
             upper.set_xlabel("pretrained 0, fine-tuned 1")
-            upper.set_ylabel("nats per token")
+            upper.set_ylabel(MEASURES[measure].unit)
             for place in (0, 1):
                 upper.axvline(place, color="black", linewidth=0.6, linestyle=":")
             upper.grid()
@@ -53,7 +55,9 @@ def plot(results: dict[str, Any], image: Path) -> None:
                 colors="black",
                 linewidths=0.4,
             )
-            figure.colorbar(drawn, ax=lower, format="%.2f", label="nats per token")
+            figure.colorbar(
+                drawn, ax=lower, format="%.2f", label=MEASURES[measure].unit
+            )
             marks = {"pretrained": [0.0, 0.0]} | {
                 METHODS[name]: place for name, place in results["ends"].items()
             }

@@ -27,8 +27,8 @@ from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.parameters import DTypeName
 from examples.llama.text.tokenizer import Tokenizer, save_tokenizer
-from examples.llama.train import train
 from examples.llama.training.config import Config
+from examples.llama.training.loop import train
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 # So that nearly every piece of source fills a row; what is too long is cut off.

@@ -5,9 +5,8 @@ import re
 import shutil
 import signal
 import sys
-import tomllib
 from collections.abc import Iterator
-from pathlib import Path
+from importlib import metadata
 from types import FrameType
 from typing import Any
 
@@ -85,10 +84,12 @@ def errors_on_one_line(program: str) -> Iterator[None]:
 
 def _extra_with(module: str) -> str:
     """How to install a module, where an extra of this project has its package."""
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    extras = tomllib.loads(text)["project"]["optional-dependencies"]
-    for extra, packages in extras.items():
-        names = [re.split(r"[^\w-]", x)[0].replace("-", "_") for x in packages]
-        if module.partition(".")[0] in names:
-            return f"; pip install '.[{extra}]' brings it"
-    return ""
+    try:
+        requirements = metadata.requires("mofo_jax") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    package = module.partition(".")[0].replace("_", "-")
+    pattern = re.compile(rf"{re.escape(package)}\b(?!-).*; extra == ['\"](\w+)['\"]")
+    extras = (match[1] for match in map(pattern.match, requirements) if match)
+    found = next(extras, None)
+    return f"; pip install '.[{found}]' brings it" if found else ""

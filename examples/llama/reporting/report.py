@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -17,37 +17,11 @@ from matplotlib.figure import Figure
 
 from examples.files import write_bytes
 from examples.llama.reporting import plots
+from examples.llama.reporting.measured import MEASURES, Measure
 from examples.llama.reporting.plots import Metrics, significant, to_float
 
 Tensors = Mapping[str, Mapping[str, float]]  # measures by name, by tensor
 Numbers = Mapping[str, float | None]
-
-
-class Measure(NamedTuple):
-    """How the report shows what an evaluation measures."""
-
-    title: str
-    unit: str
-    caption: str = ""
-
-
-MEASURES = {
-    "eval_loss": Measure("Held-out loss", "nats per answer token"),
-    "retain_loss": Measure(
-        "Retained-text loss", "nats per token", "Rising is forgetting."
-    ),
-    "kl": Measure(
-        "KL from the pretrained model",
-        "nats per token",
-        "On the retained text. Rising is forgetting.",
-    ),
-    "distance": Measure(
-        "Distance from the pretrained weights", "Euclidean norm", "Of all parameters."
-    ),
-    "touched": Measure(
-        "Entries ever touched", "share of all entries", "Changed by training."
-    ),
-}
 CURVES = {
     "loss": Measure("Loss", "nats per answer token", "Falling is learning."),
     **MEASURES,

@@ -19,7 +19,7 @@ from examples.llama.text.tokenizer import Tokenizer
 # [B, L], and "row" int32 [B]; see `Dataset`.
 Batch = dict[str, np.ndarray]
 
-_FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
+FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
 _LARGEST_RATIO = 1_000_000  # of weights
 _STEPS = 1 << 40  # so many that no run comes to their end
 _BINS = 128  # rows that packing fills at the same time
@@ -221,7 +221,7 @@ def training_batches(
         places = [_place(ends, row) for row in rows]
         batch = {
             name: np.stack([getattr(datasets[d], name)[row] for d, row in places])
-            for name in _FIELDS
+            for name in FIELDS
         }
         return batch | {"row": np.array(rows, np.int32)}
 
@@ -254,7 +254,7 @@ def ordered_batches(
             rows = np.arange(start, start + batch_size, dtype=np.int32)
             rows = rows[process_index * local : (process_index + 1) * local]
             rows[rows >= len(dataset)] = -1
-            batch = {name: getattr(dataset, name)[rows] for name in _FIELDS}
+            batch = {name: getattr(dataset, name)[rows] for name in FIELDS}
             for array in batch.values():
                 array[rows < 0] = 0
             yield batch | {"row": rows}

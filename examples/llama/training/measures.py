@@ -23,14 +23,6 @@ from examples.llama.model.sharding import put_batch
 from examples.llama.text.rows import Dataset, ordered_batches
 from mofo_jax import distance
 
-TITLES = {
-    "eval_loss": "held-out loss (nats per answer token)",
-    "retain_loss": "retained-text loss (nats per token)",
-    "kl": "KL from the pretrained model (nats per token)",
-    "distance": "distance from the pretrained weights",
-    "touched": "share of entries touched",
-}
-
 
 class Measures:
     """Evaluates parameters on held-out records and on retained text.
@@ -82,7 +74,7 @@ class Measures:
         self._changes = jax.jit(functools.partial(_changes, scale=lora_scale))
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
-        """Of TITLES those that can be measured; all but the touched share in nats."""
+        """Those of `reporting.measured.MEASURES` that can be measured."""
         values: dict[str, float] = {}
         if self._held_out is not None:
             loss = functools.partial(self._loss, params, self._frozen)

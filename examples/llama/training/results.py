@@ -14,10 +14,11 @@ from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.model.generation import generate, left_padded
 from examples.llama.model.llama import Llama
 from examples.llama.model.sharding import shardings_of
+from examples.llama.reporting.measured import MEASURES
 from examples.llama.reporting.report import plot_losses, write_report
 from examples.llama.text.tokenizer import save_tokenizer
 from examples.llama.training.log import read_metrics
-from examples.llama.training.measures import TITLES, full_parameters
+from examples.llama.training.measures import full_parameters
 from examples.llama.training.parsing import settings
 from examples.llama.training.setup import Run, describe
 from examples.llama.training.steps import TrainState
@@ -121,7 +122,7 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
     per_tensor = run.measures.per_tensor(state.params)
     metrics = read_metrics(output / "metrics.jsonl")
     evaluations = [
-        {name: line[name] for name in TITLES if name in line}
+        {name: line[name] for name in MEASURES if name in line}
         for line in metrics
         if "loss" not in line
     ]

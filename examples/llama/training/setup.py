@@ -227,3 +227,17 @@ def describe(run: Run) -> dict[str, Any]:
             for name, dataset in by_name(run.datasets).items()
         },
     }
+
+
+def join_processes(config: Config) -> None:
+    """Starts jax.distributed; ValueError where it does not know of what."""
+    address = config.coordinator
+    if address is not None and ":" not in address:
+        raise ValueError(f"coordinator must be HOST:PORT, got {address!r}")
+    try:
+        jax.distributed.initialize(address, config.processes, config.process_id)
+    except ValueError as error:
+        raise ValueError(
+            f"distributed: {error} Where JAX does not recognise the cluster, give "
+            "--coordinator, --processes and --process-id"
+        ) from None

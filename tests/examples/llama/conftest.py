@@ -8,7 +8,7 @@ import pytest
 from examples import compilation
 from examples.llama.checkpoints.llama2c import load_llama2c
 from examples.llama.text.tokenizer import load_tokenizer
-from examples.llama.train import train
+from examples.llama.training.loop import train
 from tests.examples.llama.runs import config_of, write_files
 
 

@@ -11,13 +11,15 @@ import time
 import numpy as np
 import pytest
 
-from examples.llama import continual
 from examples.llama.checkpoints.loading import load_model
-from examples.llama.continual import Args, main, run, table, tasks_of
+from examples.llama.continual import main
 from examples.llama.evaluation.answers import answer
 from examples.llama.model.generation import generate
+from examples.llama.reporting.task_scores import table
 from examples.llama.text.records import read_records
 from examples.llama.text.tokenizer import load_tokenizer
+from examples.llama.training import sequence
+from examples.llama.training.sequence import Args, run, tasks_of
 from tests.examples.llama.checkpoints.llama2c_files import BASE, write_tokenizer
 from tests.examples.llama.runs import ROOT, write_files
 from tests.processes import environment
@@ -89,7 +91,7 @@ def test_replay_keeps_the_first_task(world, tmp_path):
 
 def test_a_finished_run_is_not_repeated(world, plain, monkeypatch):
     output, results = plain
-    monkeypatch.setattr(continual, "train", None)
+    monkeypatch.setattr(sequence, "train", None)
     again = run(args_of(world, output), flags_of(world), progress=False)
     assert again == results
     with pytest.raises(ValueError, match=r"holds scores of max_new_tokens 4, not 5"):
@@ -99,7 +101,7 @@ def test_a_finished_run_is_not_repeated(world, plain, monkeypatch):
 def test_gem_and_seeds_of_each_task(world, tmp_path):
     args = args_of(world, tmp_path, gem_earlier=True)
     flags, tasks = [*flags_of(world), "--seed=5"], tasks_of(args)
-    first, second = (continual._config(args, flags, tasks, t) for t in range(2))
+    first, second = (sequence.task_config(args, flags, tasks, t) for t in range(2))
     assert (first.seed, second.seed) == (5, 6)
     assert (first.gem, second.gem) == ((), (str(world[0] / "first/train.json"),))
     assert first.epochs == 20 and second.eval_data == str(world[0] / "second/eval.json")
@@ -111,7 +113,7 @@ def test_ewc_on_what_all_earlier_tasks_need(world, tmp_path):
     args = args_of(world, tmp_path, ewc_earlier=400.0)
     args = dataclasses.replace(args, tasks=tasks)
     flags, tasks = [*flags_of(world), "--regularize=l2:0.1"], tasks_of(args)
-    first, _, third = (continual._config(args, flags, tasks, t) for t in range(3))
+    first, _, third = (sequence.task_config(args, flags, tasks, t) for t in range(3))
     assert first.regularize == ("l2:0.1",) and first.fisher_data is None
     assert third.regularize == ("l2:0.1", "ewc:400.0")
     records = read_records(third.fisher_data).records
@@ -119,7 +121,7 @@ def test_ewc_on_what_all_earlier_tasks_need(world, tmp_path):
     answers = [record.content[-1].content for record in records]
     assert answers[:4] == ["x", "yy", "x", "yy"]
     with pytest.raises(ValueError, match="ewc_earlier gives --fisher-data"):
-        continual._config(args, [*flags, "--fisher-data=self"], tasks, 1)
+        sequence.task_config(args, [*flags, "--fisher-data=self"], tasks, 1)
 
 
 def test_answers(world):
@@ -231,9 +233,9 @@ def test_bad_arguments(world, tmp_path, changes, message):
 
 
 def test_missing_tasks(world, tmp_path, capsys):
-    for name in list(continual.TRACE)[2:]:
+    for name in list(sequence.TRACE)[2:]:
         (tmp_path / name).mkdir()
-        for file in continual.FILES:
+        for file in sequence.FILES:
             (tmp_path / name / file).write_text("[]")
     with pytest.raises(SystemExit) as caught:
         main([f"--trace={tmp_path}", f"--output={tmp_path / 'out'}", *flags_of(world)])
@@ -241,7 +243,7 @@ def test_missing_tasks(world, tmp_path, capsys):
     assert "of the tasks C-STANCE, FOMC there is no" in capsys.readouterr().err
     for name in ("C-STANCE", "FOMC"):
         (tmp_path / name).mkdir()
-        for file in continual.FILES:
+        for file in sequence.FILES:
             (tmp_path / name / file).write_text("[]")
     tasks = tasks_of(Args(output=tmp_path / "out", trace=tmp_path))
     assert [task.epochs for task in tasks] == [5, 3, 7, 5, 3, 5, 5, 7]
@@ -268,7 +270,7 @@ def test_flags_are_checked_before_the_first_scores(
     world, tmp_path, monkeypatch, flags, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(continual, "answer", None)
+    monkeypatch.setattr(sequence, "answer", None)
     write_tokenizer(tmp_path / "tok.bin", ["<unk>", *BASE, " ", "a"])
     with pytest.raises(ValueError) as caught:
         run(args_of(world, tmp_path / "run"), [*flags_of(world), *flags])
@@ -301,7 +303,7 @@ def test_plain_text_is_seen_again(world, tmp_path):
     (tasks[0] / "train.json").write_text(json.dumps(texts))
     args = args_of(world, tmp_path / "run", replay_earlier=1.0)
     args = dataclasses.replace(args, tasks=tasks)
-    second = continual._config(args, flags_of(world), tasks_of(args), 1)
+    second = sequence.task_config(args, flags_of(world), tasks_of(args), 1)
     path, _, share = second.replay[0].rpartition(":")
     kept = [record.content for record in read_records(path).records]
     assert kept == [text["text"] for text in texts] and float(share) == 4 / 24

@@ -13,6 +13,7 @@ from flax import nnx
 from examples.llama import evaluate
 from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.checkpoints.loading import load_model
+from examples.llama.evaluation.evaluate import general_abilities
 from examples.llama.model.generation import generate
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
 from tests.examples.llama.evaluation.harness_tasks import write_tasks
@@ -201,13 +202,13 @@ def test_general_abilities():
         "humaneval": {"pass@1,create_test": 0.3},
     }
     expected = {"commonsense": 0.5, "general_abilities": 0.4}
-    found = evaluate.general_abilities(results)
+    found = general_abilities(results)
     assert found == pytest.approx(expected)
     del results["humaneval"]
-    found = evaluate.general_abilities(results)
+    found = general_abilities(results)
     assert found == pytest.approx({"commonsense": 0.5})
     del results["arc_easy"]
-    assert evaluate.general_abilities(results) == {}
+    assert general_abilities(results) == {}
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.generation import generate
 from examples.llama.text.rows import load_dataset, load_text, training_batches
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
-from examples.llama.train import main, train
+from examples.llama.train import main
 from examples.llama.training.config import Config
+from examples.llama.training.loop import train
 from tests.examples.llama.runs import (
     config_of,
     files_below,

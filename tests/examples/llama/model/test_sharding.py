@@ -17,7 +17,7 @@ from examples.llama.model.sharding import (
     partition,
     put_batch,
 )
-from examples.llama.train import train
+from examples.llama.training.loop import train
 from examples.llama.training.optimizers import make_optimizer, make_schedule
 from examples.llama.training.steps import init_state
 from tests.examples.llama.runs import CONFIG, config_of, metrics_of

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from examples.llama.checkpoints.loading import load_model
-from examples.llama.text import rows as data
+from examples.llama.text.rows import FIELDS
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training import replay
 from examples.llama.training.checks import check
@@ -93,7 +93,7 @@ def test_targets(both):
     streams, seen = Streams(datasets, config), set()
     for _ in range(10):
         batch, memories, rows = next(streams)
-        assert len(memories) == 1 and memories[0].keys() == set(data._FIELDS)
+        assert len(memories) == 1 and memories[0].keys() == set(FIELDS)
         for i, row in enumerate(rows):
             (d,) = [d for d, end in enumerate((22, 29, 69)) if row < end][:1]
             original = datasets.training[d].loss_mask[row - (0, 22, 29)[d]]

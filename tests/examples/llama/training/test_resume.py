@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from examples.llama.train import train
+from examples.llama.training.loop import train
 from tests.examples.llama.runs import (
     config_of,
     finished,

@@ -1,0 +1,258 @@
+"""A run from its first step, or its last checkpoint, to its results."""
+
+import contextlib
+import functools
+import itertools
+import math
+import resource
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from examples import terminal
+from examples.environment import environment
+from examples.files import write_json
+from examples.llama.model.flops import peak_flops, training_flops
+from examples.llama.model.sharding import put_batch
+from examples.llama.reporting.measured import MEASURES
+from examples.llama.text.rows import records_of
+from examples.llama.training.checkpoint import Checkpoints, check_space
+from examples.llama.training.config import Config
+from examples.llama.training.log import MetricsLog
+from examples.llama.training.parsing import settings
+from examples.llama.training.replay import save_self_replay
+from examples.llama.training.results import finish, interpolated, sample
+from examples.llama.training.setup import Run, describe, set_up
+from examples.llama.training.steps import compile_step, make_step
+from examples.llama.training.streams import Streams
+from mofo_jax.continual import project_gradient
+
+
+def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
+    """Runs what `config` describes, with a bar and printed evaluations if `progress`.
+
+    Returns:
+      "before" and "after", each a dictionary of those of MEASURES that can be
+      measured, which a rerun gives again; and of the training since the last restart,
+      without compilation and evaluation, "seconds", "milliseconds_per_step",
+      "tokens_per_second" and "mfu", the share of the devices' peak that the model's
+      own operations took.
+
+    Raises:
+      ValueError, OSError: Something is wrong with the configuration, a file or the
+        disk. Before training has begun, nothing is written.
+      FloatingPointError: A loss or gradient is not finite.
+      terminal.Stopped: A signal came; a checkpoint has been written.
+    """
+    first = jax.process_index() == 0
+    progress = progress and first
+    say = tqdm.write if progress else lambda _: None
+    run = set_up(config, say, progress=progress)
+    output = config.output
+    check_space(output, run.state, config.keep)
+    if first and not (output / "config.json").exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "config.json", settings(config))
+    if first and not (output / "samples.json").exists():
+        write_json(output / "run.json", describe(run) | environment())
+        save_self_replay(run.datasets, run.tokenizer, output)
+        # Of the pretrained model, also where an earlier process was killed before this.
+        write_json(output / "samples.json", sample(run, run.state.params))
+    checkpoints = Checkpoints(output / "checkpoints", keep=config.keep)
+    log = MetricsLog(output, checkpoints.latest, first)
+    try:
+        loop = _Loop(run, checkpoints, log, progress=progress)
+        # Several processes need JAX's own handler of SIGTERM; see `_stopping`.
+        stop = terminal.StopRequest()
+        alone = jax.process_count() == 1
+        with stop if alone else contextlib.nullcontext(), loop.bar:
+            loop(stop)
+    except OSError as error:
+        raise OSError(f"{error}; {checkpoints.where()}") from error
+    finally:
+        log.close()
+        checkpoints.close()
+    rate, mfu = loop.speed(loop.seconds)
+    trained = max(1, run.steps - (loop.first or 0))
+    speed = {
+        "seconds": loop.seconds,
+        "milliseconds_per_step": 1000 * loop.seconds / trained,
+        "tokens_per_second": rate,
+        "mfu": mfu,
+    }
+    result = finish(run, loop.state, speed)
+    say(f"{'':54}{'before':>10}{'after':>10}")
+    for name, value in result["before"].items():
+        label = MEASURES[name].label
+        say(f"{label:54}{value:10.4f}{result['after'][name]:10.4f}")
+    say(f"{rate:,.0f} tokens/s, MFU {mfu:.1%}")
+    say(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
+    return result
+
+
+class _Loop:
+    """The steps of a run from its last checkpoint on, and the speed they went at."""
+
+    def __init__(
+        self, run: Run, checkpoints: Checkpoints, log: MetricsLog, *, progress: bool
+    ):
+        config = run.config
+        self.run, self.checkpoints, self.log = run, checkpoints, log
+        self.training = run.datasets.training
+        self.batches = Streams(run.datasets, config)
+        self.say = tqdm.write if progress else lambda _: None
+        self.state, self.first = run.state, checkpoints.latest
+        if self.first is not None:
+            self.state, position = checkpoints.restore(self.state)
+            self.batches.set_state(position)
+            self.say(f"going on from the checkpoint of step {self.first}")
+        peak, source = peak_flops(jax.local_devices()[0], config.dtype)
+        self.peak = peak * run.mesh.size
+        self.say(f"MFU is of {self.peak / 1e12:.3g} TFLOP/s ({source})")
+        self.flops = training_flops(
+            run.architecture, config.max_length, lora=config.lora_rank > 0
+        )
+        self.bar = tqdm(
+            total=run.steps,
+            initial=self.first or 0,
+            mininterval=0.2,
+            disable=not progress,
+            **terminal.bar_style(),
+        )
+        # Results of the last step, still on the device, and the rows of its batch.
+        self.pending: tuple[int, Any, np.ndarray] | None = None
+        self.seconds, self.tokens, self.started = 0.0, 0.0, 0.0
+
+    def __call__(self, stop: terminal.StopRequest) -> None:
+        config, steps = self.run.config, self.run.steps
+        if self.first is None:
+            self.evaluate(0)
+        self.bar.set_description("compiling")
+        run_step = self.compile()
+        self.go_on()
+        for step in range((self.first or 0) + 1, steps + 1):
+            batches, rows = self.next_batches()
+            self.state, metrics = run_step(self.state, self.run.fixed, *batches)
+            self.settle()  # the step before, while this one runs
+            self.pending = step, metrics, rows
+            signum = _stopping(stop, self.checkpoints, step)
+            evaluating = step % config.eval_every == 0 or step == steps
+            saving = step % config.save_every == 0 or step == steps or signum
+            if not (evaluating or saving):
+                continue
+            self.settle()
+            self.seconds += time.perf_counter() - self.started
+            if step == steps:
+                self.state = interpolated(self.run, self.state)
+            if evaluating:
+                self.evaluate(step)
+            if saving:
+                self.checkpoints.save(step, self.state, self.batches.get_state())
+            if signum:
+                self.checkpoints.finish()
+                raise terminal.Stopped(
+                    signum,
+                    f"stopped by signal {signum} after step {step}; the same command "
+                    f"goes on from there; {self.checkpoints.where()}",
+                )
+            self.go_on()
+        self.checkpoints.finish()
+
+    def compile(self) -> Any:
+        """The step for the shapes of a batch, of which none is used up."""
+        run, position = self.run, self.batches.get_state()
+        examples, _ = self.next_batches()
+        self.batches.set_state(position)
+        project = None
+        if run.config.gem:
+            project = functools.partial(
+                project_gradient,
+                margin=run.config.gem_margin,
+                per_tensor=run.config.gem_per_tensor,
+            )
+        step = make_step(
+            run.graph,
+            run.optimizer,
+            run.schedule,
+            packed=run.config.pack,
+            reference=run.reference,
+            project=project,
+        )
+        return compile_step(step, self.state, run.fixed, *examples, mesh=run.mesh)
+
+    def next_batches(self) -> tuple[tuple[Any, list[Any]], np.ndarray]:
+        """A step's batch and memories on the devices, and the batch's rows."""
+        batch, memories, rows = next(self.batches)
+        placed = [
+            put_batch(x, self.run.mesh, self.run.config.accumulate)
+            for x in (batch, *memories)
+        ]
+        return (placed[0], placed[1:]), rows
+
+    def go_on(self) -> None:
+        """Starts the clocks; what came before does not count in the time left."""
+        self.bar.set_description("training")
+        self.bar.unpause()
+        self.started = time.perf_counter()
+
+    def settle(self) -> None:
+        """Logs the pending step, once the device is done with it."""
+        if self.pending is None:
+            return
+        (step, metrics, rows), self.pending = self.pending, None
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        self.tokens += values.pop("tokens")
+        self.log.write(step, values, "train")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                ids = (records_of(self.training, int(row)) for row in rows)
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}; the batch's records are "
+                    f"{', '.join(itertools.chain(*ids))}; {self.checkpoints.where()}"
+                )
+        rate, mfu = self.speed(self.seconds + time.perf_counter() - self.started)
+        memory = f"{_memory() / 1e9:.1f} GB"
+        loss = f"loss {values['loss']:.3f}"
+        self.bar.set_postfix_str(
+            f"{loss}, {rate:,.0f} tokens/s, {memory}, MFU {mfu:.0%}", refresh=False
+        )
+        self.bar.update(step - self.bar.n)
+
+    def speed(self, seconds: float) -> tuple[float, float]:
+        """Tokens per second, padding not counted, and the model FLOPs utilization."""
+        rate = self.tokens / max(seconds, 1e-9)
+        return rate, rate * self.flops / self.peak
+
+    def evaluate(self, step: int) -> None:
+        self.bar.set_description("evaluating")
+        values = self.run.measures(self.state.params)
+        self.log.write(step, values, "eval")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step}: {shown}")
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}; {self.checkpoints.where()}"
+                )
+
+
+def _stopping(
+    stop: terminal.StopRequest, checkpoints: Checkpoints, step: int
+) -> int | None:
+    """The signal after which to stop now, on which several processes agree."""
+    if jax.process_count() > 1:
+        # JAX's own handler; it has every process stop after the same step.
+        return signal.SIGTERM if checkpoints.preempted(step) else None
+    return stop.signum
+
+
+def _memory() -> float:
+    """The most bytes in use so far: of the device's memory, else of the process's."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["peak_bytes_in_use"]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
