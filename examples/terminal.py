@@ -89,7 +89,7 @@ def _extra_with(module: str) -> str:
     except metadata.PackageNotFoundError:
         return ""
     package = module.partition(".")[0].replace("_", "-")
-    pattern = re.compile(rf"{re.escape(package)}\b(?!-).*; extra == ['\"](\w+)['\"]")
-    extras = (match[1] for match in map(pattern.match, requirements) if match)
-    found = next(extras, None)
+    pattern = re.compile(rf"{re.escape(package)}(?![\w-]).*extra == ['\"](\w+)['\"]")
+    extras = [match[1] for match in map(pattern.match, requirements) if match]
+    found = next((extra for extra in extras if extra != "all"), None)
     return f"; pip install '.[{found}]' brings it" if found else ""
