@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-notebooks test-oldest test-tunix parity docs lint format clean
+.PHONY: quickstart test test-slow test-notebooks test-oldest test-tunix parity docs rooms lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ test-tunix:
 
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site
+
+# The picture of the imports in CONTRIBUTING.md.
+rooms: $(VENV)/installed
+	$(BIN)/python -m docs.rooms
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
