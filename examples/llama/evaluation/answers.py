@@ -60,6 +60,5 @@ def answer(
             eos_id=tokenizer.eos_ids,
         )
         for i, ids in zip(chosen, np.asarray(new).tolist(), strict=False):
-            end = next((j for j, x in enumerate(ids) if x in tokenizer.eos_ids), None)
-            texts[i] = tokenizer.decode(ids[:end])
+            texts[i] = tokenizer.decode(tokenizer.before_end(ids))
     return texts

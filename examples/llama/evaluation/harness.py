@@ -271,16 +271,12 @@ class JaxLM(TemplateLM):
                 eos_id=self.tokenizer.eos_ids,
             )
             new = np.concatenate([new, added], axis=1)[:, :count]
-            ends = np.isin(new, self.tokenizer.eos_ids)
-            ended = ends.any(axis=1)
-            lengths = np.where(ended, ends.argmax(axis=1), new.shape[1])
-            texts = [
-                self.tokenizer.decode(new[i, : lengths[i]].tolist())
-                for i in range(len(rows))
-            ]
-            ended[len(rows) :] = True
+            kept = [self.tokenizer.before_end(ids) for ids in new[: len(rows)].tolist()]
+            texts = [self.tokenizer.decode(ids) for ids in kept]
+            ended = np.ones(self.batch_size, bool)  # rows without a context, too
             for i, text in enumerate(texts):
-                ended[i] |= any(stop in text for stop in until if stop)
+                stopped = any(stop in text for stop in until if stop)
+                ended[i] = stopped or len(kept[i]) < new.shape[1]
             if ended.all():
                 break
             decoding = decoding._replace(ended=ended)

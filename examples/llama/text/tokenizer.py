@@ -95,6 +95,10 @@ class Tokenizer:
         )
         return [list(itertools.islice(ids, len(pieces))) for pieces in texts]
 
+    def before_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """The ids before the first end token, all of them where there is none."""
+        return ids[: next((i for i, x in enumerate(ids) if x in self.eos_ids), None)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
