@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from examples.llama.model import loss
 from examples.llama.model.architectures import ARCHITECTURES
 from examples.llama.model.flops import peak_flops, training_flops
-from examples.llama.model import loss
 from examples.llama.model.lora import add_lora
 from examples.llama.model.loss import next_token_loss
 from tests.examples.llama.model.test_llama import make
