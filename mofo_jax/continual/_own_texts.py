@@ -44,7 +44,7 @@ def draw_texts(
         batch.
 
     Returns:
-      An iterator of texts. Each is a list of 2 to N + 1 tokens: the bos token, then
+      An iterator of texts. Each is a list of 2 to N + 1 tokens, the bos token and then
       the drawn ones up to the first end token, which is included. A batch is drawn when
       its first text is asked for.
 
@@ -78,18 +78,19 @@ def draw_texts(
       Huang et al., `Mitigating Catastrophic Forgetting in Large Language Models with
       Self-Synthesized Rehearsal <https://arxiv.org/abs/2403.01244>`_, 2024.
     """
-    least = {"count": 1, "batch_size": 1, "bos_id": 0}
-    for name, value in {
-        "count": count,
-        "batch_size": batch_size,
-        "bos_id": bos_id,
-    }.items():
+    for name, value, least in (
+        ("count", count, 1),
+        ("bos_id", bos_id, 0),
+        ("batch_size", batch_size, 1),
+    ):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < least[name]:
-            raise ValueError(f"{name} must be {least[name]} or above, got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be {least} or above, got {value}")
     # Apart, so that arguments are checked at the call and not at the first text.
-    return _draw(sample, count, bos_id, set(end_ids), key, batch_size, progress)
+    return _draw(
+        sample, count, bos_id, set(map(int, end_ids)), key, batch_size, progress
+    )
 
 
 def _draw(
