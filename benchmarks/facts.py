@@ -30,7 +30,7 @@ from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
 from mofo_jax import distance
-from mofo_jax.continual import fisher_diagonal, interpolate
+from mofo_jax.continual import fisher_diagonal, forward_kl, interpolate
 
 FISHER_PROMPTS = 300
 
@@ -124,7 +124,7 @@ def run_one(
         "loss": float(quickstart.loss_fn(params, graphdef, new)),
         "new_facts": float(quickstart.recall(params, graphdef, new)),
         "old_facts": float(quickstart.recall(params, graphdef, old)),
-        "kl": float(_kl(before, after)),
+        "kl": float(jnp.mean(forward_kl(after, before))),
         "distance": float(distance(params, pretrained)),
         "touched": sum(map(int, jax.tree.leaves(changed))) / size,
     }
@@ -151,7 +151,7 @@ def _fine_tune(
         loss = quickstart.loss_fn(params, graphdef, facts)
         if variant.self_replay:
             now = quickstart.value_logits(graphdef, params, old[rows])
-            loss += variant.self_replay * _kl(own[rows], now)
+            loss += variant.self_replay * jnp.mean(forward_kl(now, own[rows]))
         return loss
 
     def step(carry: Any, key: jax.Array) -> Any:
@@ -170,11 +170,6 @@ def _fine_tune(
     start = pretrained, optimizer.init(pretrained)
     (params, _), _ = jax.lax.scan(step, start, jax.random.split(key, variant.steps))
     return params
-
-
-def _kl(before: jax.Array, after: jax.Array) -> jax.Array:
-    p, q = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
-    return jnp.mean(optax.losses.kl_divergence_with_log_targets(q, p))
 
 
 def _fisher(key: Any, graphdef: Any, pretrained: Any, old: jax.Array) -> Any:

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.facts_variants import VARIANTS
-from benchmarks.matched import Curve, compare, frontier, table
+from benchmarks.matched_table import table
 from benchmarks.outputs import made_with
 from examples.llama.reporting.plots import BLUE, INK, ORANGE, STYLE
+from mofo_jax.continual import Comparison, compare_at_loss, pareto_frontier
 
 LOSSES = (0.1, 0.03, 0.01)  # of the new facts, in nats
 SHOWN = (0.03, 0.01)  # in the plot
@@ -24,7 +25,7 @@ MEASURES = {
 Results = dict[str, Any]
 
 
-def curve(results: Results, name: str, measure: str) -> Curve:
+def curve(results: Results, name: str, measure: str) -> list[np.ndarray]:
     """Of the seeds that have all points, over the logarithm of the loss."""
     rates = VARIANTS[name].rates
     of_seeds: dict[int, list[Any]] = {}
@@ -33,21 +34,23 @@ def curve(results: Results, name: str, measure: str) -> Curve:
             of_seeds.setdefault(run["seed"], []).append(run)
     _, factor, _ = MEASURES[measure]
     return [
-        frontier(
+        pareto_frontier(
             [(float(np.log(run["loss"])), factor * run[measure]) for run in runs],
-            rising=measure == "old_facts",
+            larger_is_better=measure == "old_facts",
         )
         for _, runs in sorted(of_seeds.items())
         if len(runs) == len(rates)
     ]
 
 
-def gaps(results: Results, measure: str, loss: float) -> dict[str, dict[str, Any]]:
+def gaps(results: Results, measure: str, loss: float) -> dict[str, Comparison]:
     """Each variant that reaches the loss, against AdamW on the same task."""
     curves = {name: curve(results, name, measure) for name in VARIANTS}
-    curves = {name: seeds for name, seeds in curves.items() if seeds}
-    base = {name: f"adamw, {VARIANTS[name].group or 'usual'}" for name in curves}
-    return compare(curves, base, float(np.log(loss)))
+    base = {name: f"adamw, {VARIANTS[name].group or 'usual'}" for name in VARIANTS}
+    curves = {
+        name: seeds for name, seeds in curves.items() if seeds and curves[base[name]]
+    }
+    return compare_at_loss(curves, base, float(np.log(loss)))
 
 
 def report(results: Results) -> str:
@@ -114,9 +117,9 @@ def plot(results: Results, image: Path) -> None:
         figure.savefig(image, dpi=150)
 
 
-def _draw(ax: Axes, y: int, title: str, row: dict[str, Any]) -> None:
-    low, high = np.nan_to_num(row["interval"], nan=row["gap"])
+def _draw(ax: Axes, y: int, title: str, row: Comparison) -> None:
+    low, high = np.nan_to_num(row.interval, nan=row.gap)
     kinds = {"MoFO": ORANGE, "gradient": INK}
     colour = kinds.get(title.split(" ")[0].rstrip(","), BLUE)
     ax.plot([low, high], [y, y], color=colour, linewidth=1.5)
-    ax.plot(row["gap"], y, marker="o", markersize=4, color=colour)
+    ax.plot(row.gap, y, marker="o", markersize=4, color=colour)

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.forgetting_methods import GROUPS, METHODS, Settings, describe
-from benchmarks.matched import Curve, compare, frontier, table
+from benchmarks.matched_table import table
 from benchmarks.outputs import made_with
 from examples.llama.reporting.measured import MEASURES
 from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
+from mofo_jax.continual import Comparison, compare_at_loss, pareto_frontier
 
 ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
 REFERENCES = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}  # in every panel
@@ -55,15 +56,15 @@ def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
     return found
 
 
-def curves(results: Results, measure: str) -> dict[str, Curve]:
+def curves(results: Results, measure: str) -> dict[str, list[np.ndarray]]:
     """Each method's frontier, for all seeds that are complete."""
     return {
-        name: [frontier(points, rising=False) for points in seeds]
+        name: [pareto_frontier(points) for points in seeds]
         for name, seeds in measured(results, measure).items()
     }
 
 
-def targets(found: dict[str, Curve]) -> list[float]:
+def targets(found: dict[str, list[np.ndarray]]) -> list[float]:
     """Held-out losses that AdamW and MoFO reach with every seed, evenly spaced."""
     both = [*found["adamw"], *found.get("mofo", [])]
     low = max(float(points[0, 0]) for points in both)
@@ -71,13 +72,12 @@ def targets(found: dict[str, Curve]) -> list[float]:
     return np.linspace(low, high, 5)[1:-1].tolist()
 
 
-def matched(results: Results, measure: str) -> dict[float, dict[str, dict[str, Any]]]:
-    """By loss and method, what `compare` finds against AdamW of the same seeds."""
+def matched(results: Results, measure: str) -> dict[float, dict[str, Comparison]]:
+    """By loss and method, the comparison with AdamW of the same seeds."""
     found = curves(results, measure)
     if "adamw" not in found:
         return {}
-    base = dict.fromkeys(found, "adamw")
-    return {loss: compare(found, base, loss) for loss in targets(found)}
+    return {loss: compare_at_loss(found, "adamw", loss) for loss in targets(found)}
 
 
 def report(results: Results) -> str:

@@ -106,13 +106,17 @@ def fisher_diagonal(
 ) -> Any:
     """The diagonal of the empirical Fisher information: the mean squared gradient.
 
+    On examples that the model itself draws, see :func:`draw_texts`, it estimates the
+    Fisher information proper, and needs no pretraining data.
+
     Args:
       gradient: A function of parameters and one example that returns the gradient of
         the example's negative log-likelihood, a pytree like the parameters. Jit it.
         With a batch's mean in place of an example the result is smaller, by the
         batch's size where gradients are independent.
       params: Pytree of arrays.
-      examples: One or more.
+      examples: One or more, taken one at a time, so an iterator that makes each when it
+        is asked for will do.
 
     Returns:
       Pytree like the parameters, float32 (or wider where gradients are), 0 or above;
@@ -129,7 +133,8 @@ def fisher_diagonal(
 
     References:
       Kirkpatrick et al., `Overcoming catastrophic forgetting in neural networks
-      <https://arxiv.org/abs/1612.00796>`_, 2017.
+      <https://arxiv.org/abs/1612.00796>`_, 2017; Kunstner et al., `Limitations of the
+      Empirical Fisher Approximation <https://arxiv.org/abs/1905.12558>`_, 2019.
     """
     total, count = None, 0
     for example in examples:

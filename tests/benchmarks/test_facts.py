@@ -109,10 +109,10 @@ def made_up(gap=5.0):
 def test_gaps_at_matched_losses(tmp_path):
     rows = facts_report.gaps(made_up(), "old_facts", 0.03)
     assert rows.keys() == {"adamw, usual", "mofo, usual"}
-    assert rows["adamw, usual"]["gap"] == 0 and rows["mofo, usual"]["seeds"] == 3
-    assert rows["mofo, usual"]["gap"] == pytest.approx(5, abs=1e-6)
+    assert rows["adamw, usual"].gap == 0 and rows["mofo, usual"].seeds == 3
+    assert rows["mofo, usual"].gap == pytest.approx(5, abs=1e-6)
     mean = 80 + 10 * np.log10(0.03) + 6
-    assert rows["mofo, usual"]["mean"] == pytest.approx(mean, abs=1e-6)
+    assert rows["mofo, usual"].mean == pytest.approx(mean, abs=1e-6)
     text = facts_report.report(made_up())
     row = next(x for x in text.splitlines() if x.startswith("| usual | MoFO 10%"))
     assert [x.strip() for x in row.split("|")[4:6]] == ["+5.0", "+5.0 to +5.0"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.llama.model.products import float32_einsum
+from mofo_jax.continual import forward_kl
 
 Batch = dict[str, jax.Array]  # as of data.training_batches, but for "row"
 
@@ -153,18 +154,15 @@ def kl_sum(
 ) -> jax.Array:
     """The weighted sum over positions of KL(reference || model), in nats.
 
-    That is the forward divergence, E log(reference / model) under the reference. The
-    arguments are as of `cross_entropy_sum`, of the model and of the reference; weights
-    [B, T], a mask too.
+    See `forward_kl`. Arguments of the model and of the reference are those of
+    `cross_entropy_sum`; weights are [B, T], a mask too.
     """
     kernels = head.astype(hidden.dtype), reference_head.astype(reference_hidden.dtype)
 
     def add(total, chunk):
         x, reference_x, weights = chunk
-        log_q = jax.nn.log_softmax(_logits(x, kernels[0]))
-        log_p = jax.nn.log_softmax(_logits(reference_x, kernels[1]))
-        divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-        return total + jnp.sum(divergence * weights), None
+        logits = _logits(x, kernels[0]), _logits(reference_x, kernels[1])
+        return total + jnp.sum(forward_kl(*logits) * weights), None
 
     # A gradient computes each chunk's logits again instead of keeping them.
     weights = weights.astype(jnp.float32)

@@ -5,7 +5,6 @@ data that it was pretrained on.
 """
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from examples.llama.text.rows import Dataset, load_dataset, load_text, one_a_row
 from examples.llama.text.templates import Example
 from examples.llama.text.tokenizer import Tokenizer
 from examples.llama.training.config import SELF, Config
+from mofo_jax.continual import draw_texts
 
 AT_ONCE = 32  # texts that the pretrained model writes side by side
 
@@ -175,22 +175,29 @@ def write_texts(
         raise ValueError("what the model writes needs a tokenizer with a bos token")
     # A model of many texts may begin the next one with bos instead of an end.
     ends = [tokenizer.bos_id, *tokenizer.eos_ids]
-    key, texts = jax.random.key(seed), []
-    calls = math.ceil(count / AT_ONCE)
-    style = terminal.bar_style()
-    for i in tqdm(range(calls), desc="writing", disable=not progress, **style):
-        new = generate(
+
+    def sample(prompts: np.ndarray, key: jax.Array) -> jax.Array:
+        return generate(
             model,
-            np.full((AT_ONCE, 1), tokenizer.bos_id, np.int32),
+            prompts,
             max_new_tokens=length - 1,
             temperature=1.0,
-            key=jax.random.fold_in(key, i),
+            key=key,
             eos_id=ends,
         )
-        for row in np.asarray(new).tolist():
-            end = next((j for j, token in enumerate(row) if token in ends), len(row))
-            texts.append([tokenizer.bos_id, *row[: end + 1]])
-    return texts[:count]
+
+    style = terminal.bar_style()
+    with tqdm(total=count, desc="writing", disable=not progress, **style) as bar:
+        texts = draw_texts(
+            sample,
+            count,
+            bos_id=tokenizer.bos_id,
+            end_ids=ends,
+            key=jax.random.key(seed),
+            batch_size=AT_ONCE,
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+        return list(texts)
 
 
 def save_self_replay(datasets: Datasets, tokenizer: Tokenizer, output: Path) -> None:
