@@ -85,8 +85,9 @@ def finetune(settings: Settings) -> dict[str, dict[str, float]]:
     retained = rows.load_text(settings.retain_data, tokenizer, length)
     batches = rows.training_batches([records], [1.0], size, settings.seed)
     print(
-        f"{len(records):,} records ({records.truncated:,} truncated), {records.dropped:,} "
-        f"dropped; {steps:,} steps of {size}, {steps * size / len(records):.2g} epochs"
+        f"{len(records):,} records ({records.truncated:,} truncated, "
+        f"{records.dropped:,} dropped); {steps:,} steps, "
+        f"{steps * size / len(records):.2g} epochs"
     )
 
     # MoFO. This is the line that changes; it was optax.adam(schedule).
