@@ -258,11 +258,12 @@ def _write_config(staging: Path, config: dict[str, Any], source: Path | None) ->
     (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `directory`, if that is one of ours."""
-    staging = directory.with_name(f".{directory.name}.saving")
-    previous = directory.with_name(f".{directory.name}.previous")
+def check_destination(directory: str | os.PathLike[str]) -> None:
+    """Raises ValueError where `save_hugging_face` could not write `directory`."""
+    directory = Path(directory).absolute()
+    parent = next(path for path in directory.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{directory}: cannot write to {parent}")
     if directory.exists():
         files = sorted(directory.iterdir()) if directory.is_dir() else [directory]
         weights = [file for file in files if file.suffix == ".safetensors"]
@@ -274,6 +275,14 @@ def _replacing(directory: Path) -> Iterator[Path]:
                 f"{directory}: not overwritten, it is neither an empty directory nor "
                 f"one that a model alone was saved to{reason}"
             )
+
+
+@contextlib.contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """A new directory that takes the place of `directory`, if that is one of ours."""
+    staging = directory.with_name(f".{directory.name}.saving")
+    previous = directory.with_name(f".{directory.name}.previous")
+    check_destination(directory)
     shutil.rmtree(staging, ignore_errors=True)  # of a process killed on the way
     staging.mkdir(parents=True)
     try:

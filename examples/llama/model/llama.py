@@ -211,6 +211,14 @@ class Llama(nnx.Module):
         """
         return self._states(tokens, positions, mask, segment_ids, None)[0]
 
+    def check_length(self, max_length: int) -> None:
+        """Raises ValueError where rows of `max_length` exceed the model's positions."""
+        limit = self.config.max_position_embeddings
+        if max_length > limit:
+            raise ValueError(
+                f"max_length must be up to the model's {limit}, got {max_length}"
+            )
+
     def head(self) -> jax.Array:
         """The matrix [hidden_size, V] of the output head, in the parameters' dtype."""
         if self.config.tie_word_embeddings:

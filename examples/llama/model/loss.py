@@ -24,10 +24,13 @@ def next_token_loss(
     model: nnx.Module,
     batch: Batch,
     *,
-    packed: bool,
+    packed: bool = False,
     pretrained: nnx.Module | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of the losses that a batch counts, and how many they are, as float32.
+
+    With `packed`, a row holds several texts, its segments, each of which sees only
+    itself; otherwise it holds one text, padded at the right.
 
     With `pretrained`, the batch's "kl_weight" (float32 [B, L]) is how much of the
     divergence from that model's predictions is added where a token is predicted. A

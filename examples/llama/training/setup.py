@@ -191,11 +191,7 @@ def by_name(datasets: Datasets) -> dict[str, Dataset]:
 
 def check_length(config: Config, model: Llama) -> None:
     """Raises ValueError where the rows are longer than the model's positions."""
-    limit = model.config.max_position_embeddings
-    if config.max_length > limit:
-        raise ValueError(
-            f"max_length must be up to the model's {limit}, got {config.max_length}"
-        )
+    model.check_length(config.max_length)
 
 
 def check_model(config: Config, model: Llama, datasets: Datasets) -> None:
