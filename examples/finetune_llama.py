@@ -28,9 +28,9 @@ from examples.checks import check_least
 from examples.llama.checkpoints.huggingface import check_destination, save_hugging_face
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.loss import Batch, next_token_loss
+from examples.llama.reporting.measured import MEASURES
 from examples.llama.text import rows
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer, tokenizer_path
-from examples.llama.training.measures import TITLES
 from mofo_jax import all_but_norms_and_biases, mofo
 
 
@@ -63,7 +63,7 @@ class Settings:
 
 
 def finetune(settings: Settings) -> dict[str, dict[str, float]]:
-    """Trains, saves, and returns the losses "before" and "after", by names of TITLES.
+    """Trains, saves, and returns the losses "before" and "after", by names of MEASURES.
 
     A ValueError, OSError or FloatingPointError names what is wrong.
     """
@@ -130,9 +130,9 @@ def finetune(settings: Settings) -> dict[str, dict[str, float]]:
             raise FloatingPointError(f"loss is {loss} at step {step}; nothing is saved")
     after = evaluate(params)
 
-    print(f"{'':46}{'before':>10}{'after':>10}")
+    print(f"{'':42}{'before':>10}{'after':>10}")
     for name in before:
-        print(f"{TITLES[name]:46}{before[name]:10.4f}{after[name]:10.4f}")
+        print(f"{MEASURES[name].label:42}{before[name]:10.4f}{after[name]:10.4f}")
     save_hugging_face(nnx.merge(graph, params), settings.output, source=settings.model)
     save_tokenizer(tokenizer, settings.output)
     print(f"model: {settings.output}")

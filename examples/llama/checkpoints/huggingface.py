@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
+from examples.checks import check_writable
 from examples.llama.checkpoints.huggingface_config import (
     from_hugging_face,
     to_hugging_face,
@@ -261,9 +262,7 @@ def _write_config(staging: Path, config: dict[str, Any], source: Path | None) ->
 def check_destination(directory: str | os.PathLike[str]) -> None:
     """Raises ValueError where `save_hugging_face` could not write `directory`."""
     directory = Path(directory).absolute()
-    parent = next(path for path in directory.parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{directory}: cannot write to {parent}")
+    check_writable(directory, directory.parent)
     if directory.exists():
         files = sorted(directory.iterdir()) if directory.is_dir() else [directory]
         weights = [file for file in files if file.suffix == ".safetensors"]

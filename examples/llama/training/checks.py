@@ -1,12 +1,11 @@
 """What is checked of a run's settings before anything is loaded."""
 
 import math
-import os
 from pathlib import Path
 
 import jax
 
-from examples.checks import check_least, check_seed
+from examples.checks import check_least, check_seed, check_writable
 from examples.llama.text.tokenizer import tokenizer_path
 from examples.llama.training.config import METHODS, SELF, Config
 
@@ -65,10 +64,7 @@ def check(config: Config) -> None:
     for path in (*mixed, *config.gem, config.eval_data, config.fisher_data):
         if path not in (None, SELF) and not path.startswith("hf:"):
             Path(path).stat()
-    output = config.output.absolute()
-    existing = next(p for p in (output, *output.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{config.output}: cannot write to {existing}")
+    check_writable(config.output, config.output)
 
 
 def _check_devices(config: Config) -> None:
