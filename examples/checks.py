@@ -28,7 +28,7 @@ def check_seed(seed: int) -> None:
 def check_writable(output: Path, directory: Path) -> None:
     """Raises ValueError, which names `output`, unless files can be made in `directory`.
 
-    Where that does not exist yet, the nearest of its parents that does must be writable.
+    Where that does not exist yet, its nearest parent that does must be writable.
     """
     directory = directory.absolute()
     existing = next(p for p in (directory, *directory.parents) if p.exists())
