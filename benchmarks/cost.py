@@ -52,7 +52,9 @@ def llama(layers: int, width: int, hidden: int, vocabulary: int) -> Shapes:
     shapes: Shapes = {"embed": (vocabulary, width), "norm": (width,)}
     shapes["lm_head"] = (width, vocabulary)
     for i in range(layers):
-        layer = {name: square for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        layer: Shapes = {
+            name: square for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
         layer |= {"gate_proj": up, "up_proj": up, "down_proj": down}
         layer |= {"input_norm": (width,), "post_norm": (width,)}
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}

@@ -20,7 +20,9 @@ def whole_step(tiny: bool, repeats: int) -> dict[str, Any]:
     sizes = (256, 64, 128, 2, 4) if tiny else (32000, 768, 2048, 12, 12)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     heads = ("num_attention_heads", "num_key_value_heads")
-    values = dict(zip((*names, *heads), (*sizes, sizes[-1]), strict=True))
+    values: dict[str, Any] = dict(
+        zip((*names, *heads), (*sizes, sizes[-1]), strict=True)
+    )
     config, vocabulary = LlamaConfig(**values), sizes[0]
     model = Llama(config, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model, nnx.Param)

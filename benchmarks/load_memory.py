@@ -39,7 +39,11 @@ from examples.llama.model.sharding import make_mesh, parameter_sharding
 # Dtype of the parameters, and the mesh of simulated devices that they are split over.
 RUNS = (("bfloat16", ""), ("float32", ""), ("bfloat16", "fsdp=4,tensor=2"))
 ALLOWED = 1.2
-TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+TINY: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,10 @@ def temporary_bytes(
         jax.ShapeDtypeStruct((batch, time), jnp.bool),
     )
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    return gradient.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    memory = gradient.lower(*args).compile().memory_analysis()
+    if memory is None:
+        raise ValueError("this backend does not say what memory a program needs")
+    return memory.temp_size_in_bytes
 
 
 def measure(args: Args) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def pretrain(args: Args) -> dict[str, float]:
 def prepare(args: Args) -> None:
     """Writes texts, tokenizer and a model that has learned nothing."""
     args.output.mkdir(parents=True, exist_ok=True)
-    known, retained = [], []
+    known: list[str] = []
+    retained: list[str] = []
     length = CHARACTERS_PER_TOKEN * args.max_length
     wanted = args.megabytes * 1e6
     for package, text in sources(args.sources):

@@ -126,7 +126,7 @@ class Inputs:
         changes = {
             k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()
         }
-        common = {
+        common: Settings = {
             **{key: paths.get(key) for key in ("model", "tokenizer", "retain_data")},
             "data": (str(paths["data"]),),
             "eval_data": str(held_out),

@@ -129,10 +129,10 @@ def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], 
             "segment_ids": np.ones_like(tokens),
             "positions": positions,
         }
-        batch = put_batch(batch, mesh, 1)
+        placed = put_batch(batch, mesh, 1)
         if compiled is None:
-            compiled = compile_step(step, state, fixed, batch, mesh=mesh)
-        state, metrics = compiled(state, fixed, batch)
+            compiled = compile_step(step, state, fixed, placed, mesh=mesh)
+        state, metrics = compiled(state, fixed, placed)
         return float(metrics["loss"])
 
     return run

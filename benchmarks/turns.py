@@ -32,7 +32,9 @@ GRADIENTS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
 WARMUP = 15
 
 
-def step_of(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def step_of(optimizer: optax.GradientTransformation) -> Any:
+    """A jitted function of parameters, state and gradients."""
+
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, gradients: Any) -> Any:
         updates, state = optimizer.update(gradients, state, params)

@@ -36,7 +36,8 @@ def each(
     shares = context.SimpleQueue()
     for i in range(workers):
         shares.put(_cores()[i::workers])
-    waiting, running = collections.deque(jobs), set()
+    waiting = collections.deque(jobs)
+    running: set[concurrent.futures.Future[Any]] = set()
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (shares,))
     with pool:
         while waiting or running:
@@ -62,7 +63,9 @@ def _start(shares: Any) -> None:
 
     def end_with_parent() -> None:
         # Which may be killed, and then tells nobody.
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "a pool started this process"
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -36,6 +36,7 @@ class Room:
             docstring = ast.get_docstring(
                 ast.parse(find_file(self.names[0]).read_text())
             )
+            assert docstring, f"{self.names[0]} has no docstring"
             label += "<br/>" + docstring.splitlines()[0].removesuffix(".")
         return label
 
@@ -63,7 +64,8 @@ def read_layers() -> dict[str, list[list[str]]]:
 
 def list_rooms(package: str = "", above: int = 0) -> list[Room]:
     """The rooms in a package from top to bottom; rooms of one layer share a depth."""
-    layers, rooms = read_layers(), []
+    layers = read_layers()
+    rooms: list[Room] = []
     for names in layers[package]:
         depth = above + len(rooms)
         names = [name for name in names if find_file(name).exists()]

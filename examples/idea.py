@@ -7,6 +7,7 @@ Of one weight matrix of the quickstart's model, a few steps into fine-tuning.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def momentum_and_updates(args: Args) -> dict[str, np.ndarray]:
     return {name: _matrix(tree) for name, tree in trees.items()}
 
 
-def _matrix(tree: object) -> np.ndarray:
+def _matrix(tree: Any) -> np.ndarray:
     for part in MATRIX:
         tree = tree[part]
     return np.asarray(jnp.abs(tree[...]))

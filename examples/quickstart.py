@@ -114,7 +114,15 @@ def make_optimizer(alpha: float | None, learning_rate: Any) -> Any:
 
 
 @jax.jit(static_argnames=("graphdef", "alpha"), donate_argnames=("params", "state"))
-def train_step(params, state, facts, learning_rate, *, graphdef, alpha):
+def train_step(
+    params: Any,
+    state: Any,
+    facts: jax.Array,
+    learning_rate: jax.Array,
+    *,
+    graphdef: Any,
+    alpha: float | None,
+) -> tuple[Any, Any, jax.Array]:
     """One step; the learning rate is traced, so that all of them share a program."""
     loss, gradients = jax.value_and_grad(loss_fn)(params, graphdef, facts)
     optimizer = make_optimizer(alpha, learning_rate)
@@ -163,7 +171,16 @@ def pretrain(config: Config, old: jax.Array) -> tuple[Any, Any]:
     )
 
 
-def fine_tune(config, graphdef, pretrained, old, new, alpha, rate, bar) -> dict:
+def fine_tune(
+    config: Config,
+    graphdef: Any,
+    pretrained: Any,
+    old: jax.Array,
+    new: jax.Array,
+    alpha: float | None,
+    rate: float,
+    bar: tqdm,
+) -> dict[str, Any]:
     """One run from the pretrained parameters; returns what the table shows of it."""
     step = functools.partial(train_step, graphdef=graphdef, alpha=alpha)
     params = jax.tree.map(jnp.copy, pretrained)  # each step donates its arguments
@@ -187,7 +204,7 @@ def fine_tune(config, graphdef, pretrained, old, new, alpha, rate, bar) -> dict:
     }
 
 
-def print_table(runs: list[dict]) -> None:
+def print_table(runs: list[dict[str, Any]]) -> None:
     print(
         f"\n{'method':9} {'learning rate':>13} {'new facts':>10} {'loss':>8} "
         f"{'old facts':>10} {'distance':>9} {'ms/step':>8}"
@@ -204,7 +221,7 @@ def print_table(runs: list[dict]) -> None:
     )
 
 
-def plot(runs: list[dict], path: Path) -> None:
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = zip(METHODS, (BLUE, ORANGE, "black"), "os^", strict=True)
@@ -225,7 +242,7 @@ def plot(runs: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(config: Config) -> list[dict]:
+def main(config: Config) -> list[dict[str, Any]]:
     """Runs it all; ValueError and OSError name what is wrong with an argument."""
     check(config)
     config.output.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def load_llama2c(
             weight = weights[names[parameter]]
         if names[parameter] in ("wq", "wk"):
             # Rows 2i and 2i + 1 of a head, a rotary pair, become i and i + D / 2.
-            pairs = weight.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            pairs = weight.reshape(-1, config.head_size // 2, 2, config.hidden_size)
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)
         return (weight.T if parameter.endswith(".kernel") else weight)[index]
 
@@ -102,7 +102,7 @@ def _read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
     except ValueError as error:
         raise ValueError(f"{path}: header: {error}") from None
 
-    kv_dim = kv_heads * config.head_dim
+    kv_dim = kv_heads * config.head_size
     shapes = {
         "token_embedding": (abs(vocab), dim),
         "attention_norm": (layers, dim),
@@ -115,8 +115,8 @@ def _read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
         "w2": (layers, dim, hidden),
         "w3": (layers, hidden, dim),
         "final_norm": (dim,),
-        "rope_cos": (context, config.head_dim // 2),
-        "rope_sin": (context, config.head_dim // 2),
+        "rope_cos": (context, config.head_size // 2),
+        "rope_sin": (context, config.head_size // 2),
     }
     if vocab < 0:
         shapes["wcls"] = (-vocab, dim)

@@ -49,9 +49,9 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     index = directory / INDEX
     if not index.is_file():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
-        found = f": {pickles[0]} is a pickle, which is never opened" if pickles else ""
+        hint = f": {pickles[0]} is a pickle, which is never opened" if pickles else ""
         raise ValueError(
-            f"{directory}: expected {WEIGHTS}, or {INDEX} and its files{found}"
+            f"{directory}: expected {WEIGHTS}, or {INDEX} and its files{hint}"
         )
     content = read_json(index)
     listed = content.get("weight_map") if isinstance(content, dict) else None
@@ -151,7 +151,7 @@ def write_tensors(
             room = max_bytes
         parts[-1].append(name)
         room -= size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     remaining = iter(tensors)
     for number, names in enumerate(parts, start=1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
@@ -172,7 +172,7 @@ def write_tensors(
             for name in names:
                 tensor = next(remaining)
                 assert tensor.shape == shapes[name] and tensor.dtype == dtype
-                data.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+                data.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         weight_map |= dict.fromkeys(names, file)
     if len(parts) > 1:
         total = {"total_size": sum(sizes.values())}

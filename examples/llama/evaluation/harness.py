@@ -159,7 +159,7 @@ class JaxLM(TemplateLM):
         self,
         requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
+        **unused: Any,
     ) -> list[Scored]:
         # What is read before one-token choices, as MMLU's, is the same for all of them.
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -199,7 +199,7 @@ class JaxLM(TemplateLM):
         tokens = np.zeros((self.batch_size, _width(rows, self.max_length)), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
-        places = []
+        places: list[int] = []
         for i, target in targets:
             end = i * tokens.shape[1] + len(rows[i])
             places.extend(range(end - len(target), end))
@@ -279,7 +279,7 @@ class JaxLM(TemplateLM):
                 ended[i] = stopped or len(kept[i]) < new.shape[1]
             if ended.all():
                 break
-            decoding = decoding._replace(ended=ended)
+            decoding = decoding._replace(ended=jnp.asarray(ended))
         return [postprocess_generated_text(text, until, None) for text in texts]
 
     def _options(self, gen_kwargs: dict[str, Any]) -> tuple[list[str], int, float]:

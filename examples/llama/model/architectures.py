@@ -78,13 +78,20 @@ class LlamaConfig:
         if not isinstance(size, int) or size < 2 or size % 2:
             raise ValueError(f"head_dim must be positive and even, got {size!r}")
 
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, which is a number once the configuration is made."""
+        assert self.head_dim is not None, "__post_init__ fills it in"
+        return self.head_dim
+
 
 # From the config.json of each model's official release.
-_LLAMA3_SCALING = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_LLAMA31_SCALING = RopeScaling(
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
 ARCHITECTURES = {
     "llama2-7b": LlamaConfig(
         vocab_size=32000,
@@ -113,7 +120,7 @@ ARCHITECTURES = {
         num_key_value_heads=8,
         max_position_embeddings=131072,
         rope_theta=500000.0,
-        rope_scaling=RopeScaling(factor=8.0, **_LLAMA3_SCALING),
+        rope_scaling=_LLAMA31_SCALING,
     ),
     "llama3.2-1b": LlamaConfig(
         vocab_size=128256,
@@ -125,7 +132,7 @@ ARCHITECTURES = {
         head_dim=64,
         max_position_embeddings=131072,
         rope_theta=500000.0,
-        rope_scaling=RopeScaling(factor=32.0, **_LLAMA3_SCALING),
+        rope_scaling=dataclasses.replace(_LLAMA31_SCALING, factor=32.0),
         tie_word_embeddings=True,
     ),
 }

@@ -17,6 +17,8 @@ from examples.llama.model.products import float32_einsum
 # products are left; with more, hardly fewer, and they take longer to compile.
 PARTS = 4
 
+_Kept = tuple[jax.Array, ...]  # by `_forward`, for `_backward`
+
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
@@ -77,7 +79,9 @@ def _read(q: jax.Array, k: jax.Array, v: jax.Array, bias: np.ndarray) -> jax.Arr
     return _forward(q, k, v, bias)[0]
 
 
-def _forward(q, k, v, bias):
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: np.ndarray
+) -> tuple[jax.Array, _Kept]:
     scores = float32_einsum("bth,bsh->bts", q, k) * q.shape[-1] ** -0.5 + bias
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Divided after the product, where the numbers are fewer.
@@ -86,7 +90,9 @@ def _forward(q, k, v, bias):
     return y.astype(q.dtype), (q, k, v, weights, scale, y)
 
 
-def _backward(kept, gradient):
+def _backward(
+    kept: _Kept, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, weights, scale, y = kept
     scaled = gradient.astype(jnp.float32) * scale
     mean = jnp.sum(scaled * y, axis=-1, keepdims=True)

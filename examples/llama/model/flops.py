@@ -36,11 +36,11 @@ def training_flops(config: LlamaConfig, length: int, *, lora: bool = False) -> f
     attention over `length` positions, of which half are masked.
     """
     heads = config.num_attention_heads + config.num_key_value_heads
-    layer = 2 * config.hidden_size * heads * config.head_dim
+    layer = 2 * config.hidden_size * heads * config.head_size
     layer += 3 * config.hidden_size * config.intermediate_size
     head = config.hidden_size * config.vocab_size
     weights = config.num_hidden_layers * layer + head
-    attention = config.num_attention_heads * config.head_dim * length
+    attention = config.num_attention_heads * config.head_size * length
     passes = 2 if lora else 3
     return 2.0 * passes * weights + 3 * 2 * config.num_hidden_layers * attention
 

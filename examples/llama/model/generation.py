@@ -81,7 +81,7 @@ def generate(
 
 
 def left_padded(
-    prompts: Sequence[Sequence[int]], rows: int, width: int
+    prompts: Sequence[Sequence[int] | np.ndarray], rows: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as tokens int32 [rows, width] and the mask of them, for `generate`.
 
@@ -220,6 +220,10 @@ def _prefill(
     return Decoding(cache, tokens[:, -1], positions[:, -1], ended, jnp.int32(0))
 
 
+# The number of new tokens, they themselves [B, max_new_tokens], and where they end.
+_Carry = tuple[jax.Array, jax.Array, Decoding]
+
+
 @functools.partial(
     jax.jit,
     static_argnums=0,
@@ -245,15 +249,16 @@ def _decode(
         if greedy:
             token = jnp.argmax(logits, axis=-1)
         else:
+            assert key is not None, "_check_options asks for it"
             step_key = jax.random.fold_in(key, step)
             token = jax.random.categorical(step_key, logits / temperature)
         return token.astype(jnp.int32)
 
-    def going_on(carry: tuple) -> jax.Array:
+    def going_on(carry: _Carry) -> jax.Array:
         count, _, now = carry
         return (count < max_new_tokens) & ~jnp.all(now.ended)
 
-    def add(carry: tuple) -> tuple:
+    def add(carry: _Carry) -> _Carry:
         count, new, now = carry
         logits, cache = model(
             now.token[:, None], positions=now.position[:, None], cache=now.cache

@@ -40,7 +40,7 @@ class Cache(NamedTuple):
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     """Radians per position of each pair of head dimensions, float32 [D // 2]."""
-    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
+    exponent = np.arange(0, config.head_size, 2) / config.head_size
     frequencies = config.rope_theta**-exponent
     if (scaling := config.rope_scaling) is not None:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
     """Causal self-attention in which groups of query heads share a key/value head."""
 
     def __init__(self, config: LlamaConfig, linear: Any):
-        width, head_dim = config.hidden_size, config.head_dim
+        width, head_dim = config.hidden_size, config.head_size
         self.head_dim = head_dim
         self.q_proj = linear(width, config.num_attention_heads * head_dim)
         self.k_proj = linear(width, config.num_key_value_heads * head_dim)
@@ -144,16 +144,29 @@ class Llama(nnx.Module):
             raise ValueError(f"remat must be one of {allowed}, got {remat!r}")
         self.config, self.dtype, self.remat = config, dtype, remat
         init = nnx.initializers.normal(0.02)
-        common: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         linear = functools.partial(
-            nnx.Linear, use_bias=False, kernel_init=init, dtype=dtype, **common
+            nnx.Linear,
+            use_bias=False,
+            kernel_init=init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         norm = functools.partial(
-            nnx.RMSNorm, epsilon=config.rms_norm_eps, dtype=jnp.float32, **common
+            nnx.RMSNorm,
+            epsilon=config.rms_norm_eps,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         vocabulary, width = config.vocab_size, config.hidden_size
         self.embed_tokens = nnx.Embed(
-            vocabulary, width, embedding_init=init, dtype=dtype, **common
+            vocabulary,
+            width,
+            embedding_init=init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.layers = nnx.List(
             DecoderLayer(config, linear, norm) for _ in range(config.num_hidden_layers)
@@ -271,20 +284,22 @@ class Llama(nnx.Module):
         # Tokens in one axis, [B T, D]: the gradient of products of three axes takes
         # XLA's CPU backend 1.6 times as long.
         x = constrain(self.embed_tokens(tokens.reshape(-1)), "batch", None)
-        written = []
+        written: list[tuple[jax.Array, jax.Array]] = []
         for i, layer in enumerate(self.layers):
             x, keys_values = run(layer, x, None if cache is None else cache.layers[i])
             x = constrain(x, "batch", None)
-            written.append(keys_values if cache is not None else None)
+            if cache is not None:
+                written.append(keys_values)
         x = self.norm(x).astype(self.dtype).reshape(batch, time, -1)
         if cache is not None:
+            assert mask is not None, "the cache has one"
             cache = Cache(written, mask, start + time)
         return x, cache
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache with `length` slots for each of `batch_size` sequences."""
         config = self.config
-        shape = (batch_size, length, config.num_key_value_heads, config.head_dim)
+        shape = (batch_size, length, config.num_key_value_heads, config.head_size)
         # Every array is one of its own, so that the cache can be donated.
         layers = [
             (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))

@@ -71,7 +71,7 @@ def add_lora(
     narrowest = min(
         config.hidden_size,
         config.intermediate_size,
-        config.num_key_value_heads * config.head_dim,
+        config.num_key_value_heads * config.head_size,
     )
     if not 1 <= rank <= narrowest:
         raise ValueError(f"lora_rank must be 1 to {narrowest}, got {rank}")

@@ -5,12 +5,11 @@ Shapes: B batch, T positions, C positions of a chunk, D hidden size, V vocabular
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from examples.llama.model.llama import Llama
 from examples.llama.model.products import float32_einsum
 from mofo_jax.continual import forward_kl
 
@@ -21,11 +20,11 @@ CHUNKS = 4  # at least; more could leave out more, but each adds up the head's g
 
 
 def next_token_loss(
-    model: nnx.Module,
+    model: Llama,
     batch: Batch,
     *,
     packed: bool = False,
-    pretrained: nnx.Module | None = None,
+    pretrained: Llama | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of the losses that a batch counts, and how many they are, as float32.
 
@@ -47,7 +46,7 @@ def next_token_loss(
 
 
 def predict(
-    model: nnx.Module, batch: Batch, packed: bool
+    model: Llama, batch: Batch, packed: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The states at each position, the tokens that follow them, and which count.
 
@@ -98,11 +97,17 @@ def cross_entropy_sum(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy_sum(hidden, head, targets, mask, chunk_bytes):
+def _cross_entropy_sum(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    chunk_bytes: int,
+) -> jax.Array:
     kernel = head.astype(hidden.dtype)
     _, needed, chunks = _counted_first(hidden, targets, mask, head, chunk_bytes)
 
-    def add(i, total):
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
         x, targets, mask = (a[i] for a in chunks)
         logits = _logits(x, kernel)
         losses = jax.nn.logsumexp(logits, axis=-1) - pick(logits, targets)
@@ -111,11 +116,17 @@ def _cross_entropy_sum(hidden, head, targets, mask, chunk_bytes):
     return jax.lax.fori_loop(0, needed, add, jnp.float32(0))
 
 
-def _forward(hidden, head, targets, mask, chunk_bytes):
+def _forward(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    chunk_bytes: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     kernel = head.astype(hidden.dtype)
     order, needed, chunks = _counted_first(hidden, targets, mask, head, chunk_bytes)
 
-    def add(i, carry):
+    def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         total, head_gradient, gradients = carry
         x, targets, mask = (a[i] for a in chunks)
         logits = _logits(x, kernel)
@@ -139,8 +150,11 @@ def _forward(hidden, head, targets, mask, chunk_bytes):
     return total, (gradients, head_gradient.astype(head.dtype))
 
 
-def _backward(_, gradients, scale):
-    return *(scale.astype(g.dtype) * g for g in gradients), None, None
+def _backward(
+    _: int, gradients: tuple[jax.Array, jax.Array], scale: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    of_hidden, of_head = (scale.astype(g.dtype) * g for g in gradients)
+    return of_hidden, of_head, None, None
 
 
 _cross_entropy_sum.defvjp(_forward, _backward)
@@ -162,7 +176,9 @@ def kl_sum(
     """
     kernels = head.astype(hidden.dtype), reference_head.astype(reference_hidden.dtype)
 
-    def add(total, chunk):
+    def add(
+        total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
         x, reference_x, weights = chunk
         logits = _logits(x, kernels[0]), _logits(reference_x, kernels[1])
         return total + jnp.sum(forward_kl(*logits) * weights), None
@@ -196,7 +212,7 @@ def _counted_first(
     mask: jax.Array,
     head: jax.Array,
     chunk_bytes: int,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
     """Chunks in which each row's counted positions come first, and how many have any.
 
     Prompts and padding then need no logits: the loops end where no row has more.
@@ -214,7 +230,7 @@ def _take(x: jax.Array, order: jax.Array) -> jax.Array:
 
 def _chunks(
     chunk_bytes: int, vocabulary: int, *arrays: jax.Array, least: int = 1
-) -> Any:
+) -> tuple[jax.Array, ...]:
     """Arrays [B, T, ...] cut along T and padded with zeros to [chunks, B, C, ...]."""
     batch, time = arrays[0].shape[:2]
     needed = math.ceil(4 * batch * time * vocabulary / chunk_bytes)

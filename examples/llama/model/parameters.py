@@ -65,16 +65,18 @@ def build(
         name, like = parameter_name(leaves[i][0]), leaves[i][1]
 
         def part(
-            index: tuple[slice, ...], name: str = name, like: jax.Array = like
+            index: tuple[slice, ...] | None, name: str = name, like: jax.Array = like
         ) -> np.ndarray:
-            return read(name, index).astype(like.dtype)  # a copy, no view of a file
+            whole = (slice(None),) * like.ndim
+            values = read(name, whole if index is None else index)
+            return values.astype(like.dtype)  # a copy, no view of a file
 
         if sharding is None:
-            arrays[i] = jnp.array(part((slice(None),) * like.ndim))
+            array = jnp.array(part(None))
         else:
             place = sharding(name, like.shape)
-            arrays[i] = jax.make_array_from_callback(like.shape, place, part)
+            array = jax.make_array_from_callback(like.shape, place, part)
         # Else the host's copies pile up while they wait for a device.
-        arrays[i].block_until_ready()
+        arrays[i] = array.block_until_ready()
     nnx.replace_by_pure_dict(state, jax.tree.unflatten(tree, arrays))
     return nnx.merge(graph, state)

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 BLUE, SKY_BLUE, ORANGE = "#0072b2", "#56b4e9", "#d55e00"  # Okabe and Ito's palette
 INK = "#1b2026"  # in an SVG, what follows the light or dark scheme of its page
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib has a type of its own for the keys
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor"], INK),
     **dict.fromkeys(["xtick.color", "ytick.color", "grid.color"], INK),
     "axes.spines.top": False,
@@ -91,8 +91,15 @@ def draw_training(axes: Axes, metrics: Metrics) -> None:
         axes.plot(steps, sums / counts, color=BLUE, linewidth=1.8, label=label)
     steps, losses = series(metrics, "eval_loss")
     if steps.size:
-        style = {"color": ORANGE, "markersize": 5, "linewidth": 0.8}
-        axes.plot(steps, losses, "o-", label="held-out records", **style)
+        axes.plot(
+            steps,
+            losses,
+            "o-",
+            color=ORANGE,
+            markersize=5,
+            linewidth=0.8,
+            label="held-out records",
+        )
     if axes.lines:
         axes.legend()
     _finish(axes)
@@ -165,8 +172,13 @@ def heat_map(
         ticks = range(0, len(names), step)
         subplots[0].set_yticks([i + 0.5 for i in ticks], [names[i] for i in ticks])
         subplots[0].set_ylabel("layer")
-    style = {"format": PercentFormatter(1)} if percent else {}
-    bar = figure.colorbar(mesh, ax=list(subplots), aspect=30, pad=0.02, **style)
+    bar = figure.colorbar(
+        mesh,
+        ax=list(subplots),
+        aspect=30,
+        pad=0.02,
+        format=PercentFormatter(1) if percent else None,
+    )
     bar.outline.set_visible(False)
     return figure
 

@@ -38,7 +38,7 @@ def read_huggingface_tokenizer(path: Path, vocab_size: int | None) -> dict[str, 
         name: _read_object(path.with_name(name))
         for name in ("tokenizer_config.json", "special_tokens_map.json")
     }
-    ids = {}
+    ids: dict[str, int] = {}
     for file, values in files.items():  # the first one that names a token counts
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             i = _token_id(path.with_name(file), name, values.get(name), backend)
@@ -124,8 +124,8 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):  # several, of which one is the default
         named = [entry for entry in template if isinstance(entry, dict)]
-        named = [e.get("template") for e in named if e.get("name") == "default"]
-        template = named[0] if named else None
+        default = [e.get("template") for e in named if e.get("name") == "default"]
+        template = default[0] if default else None
     if template is not None and not isinstance(template, str):
         raise ValueError(
             f"{path.with_name('tokenizer_config.json')}: chat_template is "

@@ -95,7 +95,9 @@ def load_dataset(
             bad.append(str(error))
     examples, truncated, dropped = [], 0, 0
     for example in tokenize(pieces, tokenizer):
-        short = Example(*(x[:max_length] for x in example[:2]), example.source)
+        short = Example(
+            example.tokens[:max_length], example.loss_mask[:max_length], example.source
+        )
         if not short.loss_mask.any():
             dropped += 1
             continue
@@ -139,8 +141,9 @@ def load_text(
     examples = []
     for first in range(0, len(ids), width):
         tokens = np.concatenate([np.array(start, np.int32), ids[first : first + width]])
-        character, _ = encoding.token_to_chars(first)
-        line = np.searchsorted(breaks, character) + 1
+        characters = encoding.token_to_chars(first)
+        assert characters is not None, "only special tokens have none"
+        line = np.searchsorted(breaks, characters[0]) + 1
         examples.append(
             Example(tokens, np.arange(len(tokens)) > 0, f"{os.fspath(path)}:{line}")
         )

@@ -39,10 +39,14 @@ class Tokenizer:
         self.backend.no_padding()
         # Unused here. A saved tokenizer adds what this trainer adds.
         bos = self._special_tokens().get("bos_token")
-        self.backend.post_processor = bos and TemplateProcessing(
-            single=[bos, "$A"],
-            pair=[bos, "$A", f"{bos}:1", "$B:1"],
-            special_tokens=[(bos, self.bos_id)],
+        self.backend.post_processor = (
+            TemplateProcessing(
+                single=[bos, "$A"],
+                pair=[bos, "$A", f"{bos}:1", "$B:1"],
+                special_tokens=[(bos, self.bos_id)],
+            )
+            if bos
+            else None
         )
 
     def __reduce__(self) -> tuple:
@@ -143,7 +147,7 @@ class Tokenizer:
         """A special token that `text` reads like somewhere, if there is one."""
         return next((t for t in self._registered if t in text), None)
 
-    def _special_tokens(self) -> dict[str, str]:
+    def _special_tokens(self) -> dict[str, str | None]:
         """The special tokens, by the names that Hugging Face has for them."""
         ids = {
             "bos_token": self.bos_id,
@@ -187,6 +191,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _compiled_template(self) -> jinja2.Template:
+        assert self.chat_template is not None, "apply_chat_template checks it"
         return compile_chat_template(self.chat_template)
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -27,7 +27,8 @@ class MetricsLog:
     """
 
     def __init__(self, output: Path, step: int | None, enabled: bool):
-        self._file = self._board = None
+        self._file: TextIO | None = None
+        self._board: Any = None
         if not enabled:
             return
         path = output / "metrics.jsonl"

@@ -62,6 +62,7 @@ class Measures:
         def loss_and_kl(
             params: nnx.State, frozen: nnx.State, pretrained: nnx.State, batch: Batch
         ) -> Any:
+            assert reference is not None, "called only where there is one"
             model = nnx.merge(graph, params, frozen)
             other = nnx.merge(reference[0], pretrained)
             hidden, targets, mask = predict(model, batch, packed=False)
@@ -130,7 +131,8 @@ class Measures:
         )
         # Queued before any is fetched, so that the device does not wait.
         found = [sums(put_batch(batch, self._mesh)) for batch in batches]
-        *totals, count = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
+        table = np.asarray(jax.device_get(found))
+        *totals, count = table.sum(axis=0, dtype=np.float64)
         return [float(total / count) for total in totals]
 
 

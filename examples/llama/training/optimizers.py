@@ -11,7 +11,7 @@ from examples.llama.training.config import Config
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
 from mofo_jax.continual import add_distance_penalty, half_fine_tuning_mask
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 # The paper's other rules of selection, with the same Adam.
 SCORES = {"gradient": "gradient", "mv": "update", "random": "random"}
@@ -64,9 +64,14 @@ def _direction(config: Config) -> optax.GradientTransformation:
     """What a method makes of gradients, before the learning rate."""
     mu_dtype = config.moments_dtype and jnp.dtype(config.moments_dtype)
     lion = optax.scale_by_lion(0.9, 0.99, mu_dtype=mu_dtype)
-    constants = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "mu_dtype": mu_dtype}
+    constants: dict[str, Any] = {
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "mu_dtype": mu_dtype,
+    }
     adam = optax.scale_by_adam(**constants)
-    common = {"filter_mask": all_but_norms_and_biases}
+    common: dict[str, Any] = {"filter_mask": all_but_norms_and_biases}
     if config.method == "mofo":
         return scale_by_mofo(config.alpha, **constants, **common)
     if config.method == "mofo-lion":

@@ -113,13 +113,15 @@ def tasks_of(args: Args) -> list[Task]:
     check_least("max_new_tokens", args.max_new_tokens, 1)
     missing = [p / f for p in paths for f in FILES if not (p / f).is_file()]
     if missing:
-        names = ", ".join(sorted({path.parent.name for path in missing}))
-        raise ValueError(f"of the tasks {names} there is no {missing[0]}")
+        of = ", ".join(sorted({path.parent.name for path in missing}))
+        raise ValueError(f"of the tasks {of} there is no {missing[0]}")
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks must have names of their own, got {', '.join(names)}")
-    many = len(paths)
-    epochs, metrics = (x if len(x) == many else x * many for x in (epochs, metrics))
+    if len(epochs) == 1:
+        epochs *= len(paths)
+    if len(metrics) == 1:
+        metrics *= len(paths)
     return [Task(*task) for task in zip(paths, epochs, metrics, strict=True)]
 
 
@@ -278,6 +280,7 @@ def _scores(
     """The model's score on each task's test."""
     llama = load_model(model, dtype=config.dtype, param_dtype=config.param_dtype)
     check_length(config, llama)
+    assert config.tokenizer is not None, "task_config fills it in"
     tokenizer = load_tokenizer(config.tokenizer, llama.config.vocab_size)
     found = []
     style = terminal.bar_style()
@@ -291,7 +294,10 @@ def _scores(
             max_length=config.max_length,
             max_new_tokens=args.max_new_tokens,
         )
-        expected = [record.content[-1].content for record in records]
-        questions = [record.content[-2].content for record in records]
+        expected, questions = [], []
+        for record in records:
+            assert not isinstance(record.content, str), "answer refuses plain text"
+            expected.append(record.content[-1].content)
+            questions.append(record.content[-2].content)
         found.append(METRICS[task.metric](answers, expected, questions))
     return found

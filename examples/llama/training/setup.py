@@ -95,7 +95,8 @@ def set_up(
             sharding=parameter_sharding(mesh),
         )
     kind = nnx.LoRAParam if config.lora_rank else nnx.Param
-    graph, params, frozen = nnx.split(model, kind, ...)
+    graph, params, *others = nnx.split(model, kind, ...)
+    (frozen,) = others
     if config.reference and not config.lora_rank:
         # A copy, because the training step overwrites the parameters in place.
         pretrained = jax.tree.map(jnp.copy, pretrained)
@@ -112,6 +113,7 @@ def set_up(
     )
     steps = config.steps
     if steps is None:
+        assert config.epochs is not None, "check asks for steps or epochs"
         learned = sum(map(len, datasets.training[: datasets.learned]))
         weights = datasets.weights
         replayed = sum(weights) / sum(weights[: datasets.learned])
@@ -124,6 +126,7 @@ def set_up(
     needed = kinds or soft or config.interpolation is not None
     fisher = None
     if "ewc" in kinds:
+        assert datasets.fisher is not None, "check asks for fisher_data"
         fisher = estimate_fisher(config, graph, params, frozen, datasets.fisher, mesh)
     return Run(
         config=config,
