@@ -163,29 +163,29 @@ def _read_pass(
     The rows are the limbs of the counts and those of Gathered; zeros where the mode
     does not ask for them.
     """
-    thresholds, bracket = request[:-_BRACKET_ROWS], request[-_BRACKET_ROWS:]
     fields = len(Gathered._fields)
 
-    def counted(xs: list[jax.Array]) -> jax.Array:
+    def counted(xs: list[jax.Array], request: jax.Array) -> jax.Array:
         stacks, along = stacked(xs), tuple(1 + a for a in axes)
-        zero = (thresholds[0, 0, 0] < 0).astype(jnp.int32)
+        zero = (request[0, 0, 0] < 0).astype(jnp.int32)
         indices = [index_digits(stacks[0].shape, along, zero)] * len(stacks)
-        counts = count_rows(marks_of(stacks, indices, thresholds, along), along, zero)
-        return padded(counts_table(counts, request, limbs), 0, fields, request.dtype)
+        marks = marks_of(stacks, indices, request[:-_BRACKET_ROWS], along)
+        table = counts_table(count_rows(marks, along, zero), request, limbs)
+        return padded(table, 0, fields, request.dtype)
 
-    def gathered(xs: list[jax.Array]) -> jax.Array:
-        _, low, high, *numbers = bracket[:, 0]
+    def gathered(xs: list[jax.Array], request: jax.Array) -> jax.Array:
+        low, high, *numbers = request[1 - _BRACKET_ROWS :, 0]
         found = gather(stacked(xs), low, high, *(n.astype(jnp.uint32) for n in numbers))
         table = jnp.stack([row.astype(request.dtype) for row in found])
         table = jnp.broadcast_to(table[:, None], (fields, *request.shape[1:]))
         return padded(table, limbs, 0, request.dtype)
 
-    def skipped(xs: list[jax.Array]) -> jax.Array:
+    def skipped(xs: list[jax.Array], request: jax.Array) -> jax.Array:
         zeros = jnp.zeros((limbs + fields, *request.shape[1:]), request.dtype)
         varied: jax.Array = vary(zeros, varying_axes(request))
         return varied
 
-    mode = jnp.max(bracket[0]).astype(jnp.int32)
+    mode = jnp.max(request[-_BRACKET_ROWS]).astype(jnp.int32)
     branches = [skipped, gathered if gathers else skipped, counted]
-    answer: jax.Array = lax.switch(mode, branches, xs)
+    answer: jax.Array = lax.switch(mode, branches, xs, request)
     return answer

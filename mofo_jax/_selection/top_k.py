@@ -18,7 +18,7 @@ def top_k_mask(x: jax.Array, k: Integers, most: int, block_axes: Axes) -> jax.Ar
     rows = order_bits(x).transpose(order).reshape(-1, n)
     _, columns = lax.top_k(rows, most)
     ranks = jnp.arange(columns.shape[1], dtype=jnp.uint32)
-    chosen = jnp.broadcast_to(ranks < k.limbs[-1], columns.shape)
+    chosen = jnp.broadcast_to(ranks[None] < k.limbs[-1], columns.shape)
     mask = jnp.zeros(rows.shape, bool)
     mask = mask.at[jnp.arange(rows.shape[0])[:, None], columns].set(chosen)
     return mask.reshape(shape).transpose(tuple(np.argsort(order).tolist()))
