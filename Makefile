@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-notebooks test-oldest test-tunix parity docs rooms lint format clean
+.PHONY: quickstart test test-fast test-slow test-notebooks test-oldest test-tunix parity docs rooms lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"
+
+# The library in less than a minute.
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough" \
+		tests/mofo_jax mofo_jax
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

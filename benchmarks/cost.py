@@ -27,7 +27,6 @@ from tqdm import tqdm
 from benchmarks import cost_report
 from benchmarks.cost_fine_tuning import whole_step
 from benchmarks.cost_others import others
-from benchmarks.inspection import passes_taken
 from benchmarks.outputs import load, make_room, publish
 from benchmarks.turns import (
     GRADIENTS,
@@ -44,6 +43,7 @@ from examples.checks import check_least
 from examples.environment import environment
 from examples.files import write_json
 from mofo_jax import mofo
+from mofo_jax.testing import count_passes
 
 
 def llama(layers: int, width: int, hidden: int, vocabulary: int) -> Shapes:
@@ -93,16 +93,13 @@ def steps(args: Args, tree: str, gradients: str) -> dict[str, Any]:
 
 def passes(args: Args) -> dict[str, Any]:
     """How many times a step reads the momentum of one leaf to find its threshold."""
-    jax.clear_caches()
     counts = []
-    with passes_taken() as taken:
+    with count_passes() as taken:
         shapes, total = _shapes(args, "one 4096x4096 leaf"), WARMUP + args.repeats
         runs, inputs = prepare({"mofo": mofo(1e-3)}, shapes, "ordinary", total)
         for given in inputs:
-            taken.clear()
             take_turns(runs, [given], 0)
-            jax.effects_barrier()
-            counts.append(len(taken))
+            counts.append(taken())
     return {"mean": statistics.mean(counts[WARMUP:]), "most": max(counts[WARMUP:])}
 
 

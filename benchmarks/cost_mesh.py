@@ -15,9 +15,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.cost import llama
-from benchmarks.inspection import collectives, passes_taken
+from benchmarks.inspection import collectives
 from benchmarks.turns import GRADIENTS, step_of
 from mofo_jax import mofo
+from mofo_jax.testing import count_passes
 
 TINY = "--tiny" in sys.argv
 SHAPES = llama(1, 64, 128, 256) if TINY else llama(4, 256, 704, 2048)
@@ -68,8 +69,7 @@ def measure(layout: str) -> dict[str, Any]:
 
 def _passes(params: Any, state: Any, shardings: Any) -> int:
     """Passes of the search in a typical step: of one after some warm-up."""
-    jax.clear_caches()
-    with passes_taken() as passes:
+    with count_passes() as passes:
         step = step_of(mofo(1e-3))
         for i in range(12):
             keys = jax.random.split(jax.random.key(i), len(SHAPES))
@@ -84,11 +84,9 @@ def _passes(params: Any, state: Any, shardings: Any) -> int:
                 )
                 for (n, s), k in zip(SHAPES.items(), keys, strict=True)
             }
-            passes.clear()
             params, state = step(params, state, gradients)
-            jax.block_until_ready(params)
-            jax.effects_barrier()
-    return len(passes)
+            taken = passes()
+    return taken
 
 
 if __name__ == "__main__":

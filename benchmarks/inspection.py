@@ -1,13 +1,7 @@
-"""What a compiled program moves between devices, and how many passes a search takes."""
+"""What a compiled program moves between devices."""
 
-import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import jax
-
-from mofo_jax._selection import masks as selection
+from typing import NamedTuple
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)"
@@ -33,26 +27,3 @@ def collectives(text: str) -> list[Collective]:
             arrays = [(dtype, sizes(shape)) for dtype, shape in shapes]
             found.append(Collective(match[2], arrays, line))
     return found
-
-
-@contextlib.contextmanager
-def passes_taken() -> Iterator[list[None]]:
-    """A list that grows by an item with every pass of programs traced meanwhile.
-
-    Wait for them with :func:`jax.effects_barrier`.
-    """
-    passes: list[None] = []
-    original = selection.search
-
-    def counting_search(look: Any, *rest: Any) -> Any:
-        def counted(packed: jax.Array) -> Any:
-            jax.debug.callback(lambda _: passes.append(None), packed[0, 0, 0])
-            return look(packed)
-
-        return original(counted, *rest)
-
-    selection.search = counting_search
-    try:
-        yield passes
-    finally:
-        selection.search = original

@@ -1,7 +1,7 @@
 """What arguments are allowed; errors name the argument, its value and what is."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Method = Literal["search", "top_k"]
+Alpha = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 BlockAxes = int | Sequence[int] | None
 
 
@@ -28,6 +29,15 @@ def check_alpha(alpha: Any) -> None:
         raise TypeError(f"alpha must be a number in (0, 1], got {alpha!r}")
     if not 0 < float(alpha) <= 1:
         raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
+
+
+def alpha_at(alpha: Alpha, step: jax.Array) -> jax.typing.ArrayLike:
+    """alpha, or what its schedule gives for a step."""
+    if not callable(alpha):
+        return alpha
+    fraction = alpha(step)
+    check_alpha(fraction)
+    return fraction
 
 
 def check_number(name: str, value: Any, allowed: str = "a number") -> None:

@@ -1,6 +1,5 @@
 """The momentum filter around any Optax gradient transformation."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mofo_jax._checks import Method, check_alpha, check_method
+from mofo_jax._checks import Alpha, Method, alpha_at, check_alpha, check_method
 from mofo_jax._leaves import (
     BlockAxesTree,
     FilterMask,
@@ -20,8 +19,6 @@ from mofo_jax._leaves import (
 )
 from mofo_jax._scoring import Score, check_score, scores_of
 from mofo_jax._selection.masks import no_guess, select_masks
-
-Alpha = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
 
 class FilterByMomentumState(NamedTuple):
@@ -181,7 +178,7 @@ def momentum_filter(
         gradients, step = updates, state.step
         # Optax mixes dtypes (decay**count), which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
-            fraction = alpha(step) if callable(alpha) else alpha
+            fraction = alpha_at(alpha, step)
             updates, inner_state = inner.update(
                 gradients, state.inner_state, params, **extra
             )
@@ -190,8 +187,6 @@ def momentum_filter(
         inner_state = cast_like(inner_state, state.inner_state)
         if params is not None:
             updates = cast_like(updates, params)
-        if callable(alpha):
-            check_alpha(fraction)
         # Of the updates, as params may not be given: only shapes and names matter.
         filtered = resolve_mask(updates, filter_mask)
         axes = resolve_block_axes(updates, block_axes)

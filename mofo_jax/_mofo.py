@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mofo_jax._checks import check_number, is_rankable
-from mofo_jax._filter import Alpha, momentum_filter
+from mofo_jax._checks import Alpha, check_number, is_rankable
+from mofo_jax._filter import momentum_filter
 from mofo_jax._leaves import BlockAxesTree, FilterMask, cast_like
 
 

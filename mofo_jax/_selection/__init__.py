@@ -1,5 +1,5 @@
-"""Exact top-fraction masks of arrays. Knows nothing of optimizers."""
+"""Exact top-fraction masks of arrays. Knows nothing of optimizers.
 
-from mofo_jax._selection.masks import no_guess, select_masks, top_fraction_mask
-
-__all__ = ["no_guess", "select_masks", "top_fraction_mask"]
+Read :mod:`mofo_jax._selection.masks` for what is promised and
+:mod:`mofo_jax._selection.search` for how it is done.
+"""

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mofo_jax._selection import counting
-from mofo_jax._selection.candidates import Gathered
-from mofo_jax._selection.counting import Limbs
+from mofo_jax._selection.counting import Integers
 from mofo_jax._selection.ranking import Blocks
 
 
-class State(NamedTuple):
+class Brackets(NamedTuple):
     """Brackets, on the digit of the threshold that is being searched for.
 
     Positions count upwards as ranks do: magnitudes, then indices from the last down.
@@ -22,35 +20,29 @@ class State(NamedTuple):
 
     low: jax.Array
     high: jax.Array
-    reached: Limbs  # number of entries that reach low
-    exceeded: Limbs  # number of entries that exceed high
+    reached: Integers  # number of entries that reach low
+    exceeded: Integers  # number of entries that exceed high
     level: jax.Array  # 0 while the magnitude is searched, then 1 + the index's digit
     found: tuple[jax.Array, ...]  # positions of the digits already found
-    run: jax.Array  # passes in sequence that did not bring a count much nearer to k
+    slow_passes: jax.Array  # passes in sequence that brought no count much nearer to k
     stuck: jax.Array  # whether the last pass told no candidates apart
-    gathered: jax.Array  # whether the last pass gathered magnitudes
-    hint: jax.Array  # one of these to try next, and the one after it, or -1
     leap: jax.Array  # grows while one end of the bracket is unknown
 
 
-def start(blocks: Blocks, k: Limbs, guess: jax.Array) -> State:
+def start(blocks: Blocks, guess: jax.Array) -> Brackets:
     kind, shape = guess.dtype, guess.shape
     zero = jnp.zeros(shape, kind)
-    state = State(
+    return Brackets(
         low=zero,
         high=jnp.asarray(blocks.top, kind),
-        reached=counting.limbs(blocks.n, len(k)),
-        exceeded=tuple(jnp.zeros(shape, jnp.uint32) for _ in k),
+        reached=blocks.n,
+        exceeded=Integers(tuple(jnp.zeros(shape, jnp.uint32) for _ in blocks.k.limbs)),
         level=jnp.zeros(shape, jnp.int32),
         found=(zero,) * len(blocks.sizes),
-        run=jnp.zeros(shape, jnp.int32),
+        slow_passes=jnp.zeros(shape, jnp.int32),
         stuck=jnp.zeros(shape, bool),
-        gathered=jnp.zeros(shape, bool),
-        hint=zero - 1,
         leap=jnp.ones(shape, jnp.float32),
     )
-    varied: State = vary(state, varying_axes(guess))
-    return varied
 
 
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
@@ -68,61 +60,46 @@ def vary(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def narrow(state: State, positions: jax.Array, counts: Limbs, k: Limbs) -> State:
+def unfinished(brackets: Brackets, blocks: Blocks) -> jax.Array:
+    """Whether no count of a block is k yet."""
+    return ~brackets.reached.equals(blocks.k)
+
+
+def narrow(
+    brackets: Brackets, positions: jax.Array, counts: Integers, blocks: Blocks
+) -> Brackets:
     """Brackets after the counts at some positions."""
-    live = ~counting.equal(state.reached, k)
-    low, high, reached, exceeded = state[:4]
+    k, live = blocks.k, unfinished(brackets, blocks)
+    low, high, reached, exceeded = brackets[:4]
     for probe in range(positions.shape[0]):
         position = positions[probe : probe + 1]
-        count = tuple(limb[probe : probe + 1] for limb in counts)
-        enough = ~counting.less(count, k)
+        count = counts[probe : probe + 1]
+        enough = count >= k
         up = live & enough & (position > low)
         down = live & ~enough & (position <= high)
-        low, reached = jnp.where(up, position, low), counting.where(up, count, reached)
+        low, reached = jnp.where(up, position, low), Integers.where(up, count, reached)
         high = jnp.where(down, position - 1, high)
-        exceeded = counting.where(down, count, exceeded)
-    before = jnp.minimum(*distances(state.reached, state.exceeded, k))
-    slow = jnp.minimum(*distances(reached, exceeded, k)) > before / 4
-    same = counting.equal(reached, state.reached)
-    return state._replace(
+        exceeded = Integers.where(down, count, exceeded)
+    before = jnp.minimum(*distances(brackets.reached, brackets.exceeded, blocks))
+    slow = jnp.minimum(*distances(reached, exceeded, blocks)) > before / 4
+    same = reached.equals(brackets.reached)
+    return brackets._replace(
         low=low,
         high=high,
         reached=reached,
         exceeded=exceeded,
-        run=jnp.where(slow, state.run + 1, 0),
-        stuck=live & same & counting.equal(exceeded, state.exceeded),
-        gathered=jnp.zeros_like(state.gathered),
-        hint=jnp.full_like(state.hint, -1),
+        slow_passes=jnp.where(slow, brackets.slow_passes + 1, 0),
+        stuck=live & same & exceeded.equals(brackets.exceeded),
     )
 
 
-def narrow_to(counted: State, before: State, gathered: Gathered) -> State:
-    """Brackets where magnitudes were gathered, not counted."""
-    value, *numbers = gathered
-    # One limb: blocks with more entries are not gathered.
-    seen, reached, exceeded = ((*before.exceeded[:-1], number) for number in numbers)
-    add = lambda number: (*before.exceeded[:-1], before.exceeded[-1] + number[-1])
-    candidates = counting.subtract(before.reached, before.exceeded)
-    done = gathered.reached > 0
-    exact = done & counting.equal(seen, candidates)
-    new = before._replace(
-        low=jnp.where(exact, value, before.low),
-        high=jnp.where(exact, value, before.high),
-        reached=counting.where(exact, add(reached), before.reached),
-        exceeded=counting.where(exact, add(exceeded), before.exceeded),
-        gathered=jnp.ones_like(before.gathered),
-        hint=jnp.where(exact | (value <= before.low), -1, value),
-    )
-    merged: State = jax.tree.map(lambda a, b: jnp.where(done, a, b), new, counted)
-    return merged
-
-
-def next_digit(state: State, blocks: Blocks, k: Limbs) -> State:
-    """Goes on to the index where a bracket of one magnitude holds more than k."""
-    low, high, level, found = state.low, state.high, state.level, state.found
-    tied = jnp.zeros_like(state.stuck)
+def next_digit(brackets: Brackets, blocks: Blocks) -> Brackets:
+    """Turns to the index where a bracket of one magnitude holds more than k."""
+    low, high = brackets.low, brackets.high
+    level, found = brackets.level, brackets.found
+    tied = jnp.zeros_like(brackets.stuck)
     for _ in blocks.sizes:
-        tie = (low == high) & ~counting.equal(state.reached, k)
+        tie = (low == high) & unfinished(brackets, blocks)
         found = tuple(
             jnp.where(tie & (level == digit), low, position)
             for digit, position in enumerate(found)
@@ -136,18 +113,39 @@ def next_digit(state: State, blocks: Blocks, k: Limbs) -> State:
         high = jnp.where(tie, size.astype(low.dtype) - 1, high)
         level = level + tie.astype(jnp.int32)
         tied = tied | tie
-    return state._replace(
+    return brackets._replace(
         low=low,
         high=high,
         level=level,
         found=found,
-        run=jnp.where(tied, 0, state.run),
-        stuck=state.stuck & ~tied,
-        hint=jnp.where(tied, -1, state.hint),
+        slow_passes=jnp.where(tied, 0, brackets.slow_passes),
+        stuck=brackets.stuck & ~tied,
     )
 
 
-def distances(reached: Limbs, exceeded: Limbs, k: Limbs) -> tuple[jax.Array, jax.Array]:
+def distances(
+    reached: Integers, exceeded: Integers, blocks: Blocks
+) -> tuple[jax.Array, jax.Array]:
     """How far above k the one count is, and how far below it the other."""
-    over = counting.to_float(counting.subtract(reached, k))
-    return over, counting.to_float(counting.subtract(k, exceeded))
+    return (reached - blocks.k).to_float(), (blocks.k - exceeded).to_float()
+
+
+def thresholds(
+    brackets: Brackets, positions: jax.Array, blocks: Blocks
+) -> list[jax.Array]:
+    """What stands at the positions; where a block is finished, what was found.
+
+    Returns:
+      The value of each threshold and the digits of its cut: it selects magnitudes
+      above the value, and those equal to it of an index below the cut.
+    """
+    positions = jnp.where(unfinished(brackets, blocks), positions, brackets.low)
+    level, found = brackets.level, brackets.found
+    rows = [jnp.where(level == 0, positions, found[0])]
+    for digit, sizes in enumerate(blocks.sizes):
+        size = jnp.asarray(sizes, positions.dtype)
+        later = size if digit == 0 else jnp.zeros_like(size)
+        cut = size - 1 - found[min(digit + 1, len(found) - 1)]
+        cut = jnp.where(level > digit + 1, cut, later)
+        rows.append(jnp.where(level == digit + 1, size - positions, cut))
+    return rows

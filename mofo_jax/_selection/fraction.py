@@ -1,38 +1,49 @@
 """How many entries of a block are selected: k = min(n, max(1, floor(alpha n)))."""
 
+import dataclasses
 import math
 import numbers
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mofo_jax._checks import at_least_float32
-from mofo_jax._selection import counting
+from mofo_jax._selection.counting import Integers, limbs_for
 
 
-def static(alpha: jax.typing.ArrayLike) -> float | None:
-    """alpha if it is a number, None if it is an array."""
-    return float(alpha) if isinstance(alpha, numbers.Real) else None
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fraction:
+    """alpha: a number, known while a program is traced, or an array."""
 
+    number: float | None = dataclasses.field(metadata={"static": True})
+    array: jax.Array | None
 
-def static_k(alpha: float, n: int) -> int:
-    return min(n, max(1, math.floor(alpha * n)))
+    @classmethod
+    def of(cls, alpha: jax.typing.ArrayLike) -> "Fraction":
+        if isinstance(alpha, numbers.Real):
+            return cls(float(alpha), None)
+        return cls(None, at_least_float32(jnp.asarray(alpha)))
 
+    def known_k(self, n: int) -> int | None:
+        """k for a block of n entries, None if it is known only as the program runs."""
+        if self.number is None:
+            return None
+        return min(n, max(1, math.floor(self.number * n)))
 
-def k_limbs(static_alpha: float | None, alpha: Any, n: list[int]) -> counting.Limbs:
-    """k for blocks of n entries, with as many limbs as a count of the largest has."""
-    count = 1 if max(n) < counting.LIMB_SIZE else 2
-    if static_alpha is not None:
-        return counting.limbs([static_k(static_alpha, size) for size in n], count)
-    everything = counting.limbs(n, count)
-    alpha = at_least_float32(jnp.asarray(alpha))
-    product = jnp.floor(alpha * np.array([n], alpha.dtype))
-    product = jnp.where(product >= 1, product, 1)  # NaN, too, becomes 1
-    parts = (jnp.floor(product / 2.0**32), product % 2.0**32)[2 - count :]
-    some = tuple(part.astype(jnp.uint32) for part in parts)
-    # n may not be representable in alpha's dtype, so alpha = 1 is a case of its own.
-    return counting.where(
-        (alpha >= 1) | ~counting.less(some, everything), everything, some
-    )
+    def k(self, n: list[int]) -> Integers:
+        """k for blocks of n entries: ``[1, len(n)]``."""
+        size = limbs_for(max(n))
+        known = [self.known_k(entries) for entries in n]
+        if self.array is None:
+            return Integers.of([k for k in known if k is not None], size)
+        everything = Integers.of(n, size)
+        product = jnp.floor(self.array * np.array([n], self.array.dtype))
+        product = jnp.where(product >= 1, product, 1)  # NaN, too, becomes 1
+        parts = (jnp.floor(product / 2.0**32), product % 2.0**32)[2 - size :]
+        some = Integers(tuple(part.astype(jnp.uint32) for part in parts))
+        # n may not be representable in alpha's dtype, so alpha = 1 is a case of its
+        # own.
+        all_of_them = (self.array >= 1) | (some >= everything)
+        return Integers.where(all_of_them, everything, some)

@@ -1,18 +1,15 @@
 """Exact top-fraction masks of arrays. Knows nothing of optimizers.
 
 The mask of the k largest magnitudes of a block is found by counting, not by
-sorting: a threshold that exactly k entries reach is searched for by passes that count
-the entries at or above a candidate. Only counts cross devices, so the result is that
-of the global array whatever its sharding.
+sorting: see :mod:`.search`. Only counts cross devices, so the result is that of the
+global array whatever its sharding.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from mofo_jax._checks import (
     BlockAxes,
@@ -22,21 +19,11 @@ from mofo_jax._checks import (
     is_rankable,
     normalize_block_axes,
 )
-from mofo_jax._selection import counting
-from mofo_jax._selection.brackets import vary, varying_axes
-from mofo_jax._selection.candidates import Gathered, most_candidates
-from mofo_jax._selection.fraction import k_limbs, static, static_k
-from mofo_jax._selection.ranking import (
-    block_count,
-    describe,
-    extent,
-    index_digits,
-    order_bits,
-    reaches,
-    rows_of_blocks,
-)
-from mofo_jax._selection.search import Request, search
-from mofo_jax._selection.units import look_at, make_units, slices, split
+from mofo_jax._selection.brackets import varying_axes
+from mofo_jax._selection.fraction import Fraction
+from mofo_jax._selection.ranking import block_count
+from mofo_jax._selection.search import search_masks
+from mofo_jax._selection.top_k import top_k_mask
 
 
 def top_fraction_mask(
@@ -119,37 +106,37 @@ def select_masks(
     """
     if guess is None:
         guess = no_guess([x.shape for x in arrays], block_axes)
+    fraction = Fraction.of(alpha)
     sizes = [block_count(x.shape, a) for x, a in zip(arrays, block_axes, strict=True)]
     stops = np.cumsum(sizes)
-    static_alpha = static(alpha)
     masks: list[Any] = [None] * len(arrays)
-    groups: dict[tuple[str, ...], list[int]] = {}
+    searches: dict[tuple[str, ...], list[int]] = {}
     for i, x in enumerate(arrays):
         n = x.size // max(sizes[i], 1)
-        if n <= 1 or (static_alpha and static_k(static_alpha, n) == n):
+        if n <= 1 or fraction.known_k(n) == n:
             masks[i] = jnp.ones_like(x, dtype=bool)
         elif method == "top_k":
-            order = block_axes[i] + extent(x.shape, block_axes[i])
-            masks[i] = _top_k_mask(_real(x), alpha, n, order)
+            most, k = fraction.known_k(n) or n, fraction.k([n])
+            masks[i] = top_k_mask(_real(x), k, most, block_axes[i])
         else:
             # What varies along a manual axis of shard_map has a loop of its own, as
             # what it is mixed with would vary too.
-            groups.setdefault(varying_axes(x), []).append(i)
-    for group in groups.values():
-        # Arrays of one kind side by side, see make_units.
-        group.sort(key=lambda i: (str(jax.typeof(arrays[i])), block_axes[i]))
+            searches.setdefault(varying_axes(x), []).append(i)
+    for members in searches.values():
+        # Arrays of one kind side by side, as groups want them.
+        members.sort(key=lambda i: (str(jax.typeof(arrays[i])), block_axes[i]))
         places = np.concatenate(
-            [np.arange(stops[i] - sizes[i], stops[i]) for i in group]
+            [np.arange(stops[i] - sizes[i], stops[i]) for i in members]
         )
-        found, values = _search_masks(
-            tuple(_real(arrays[i]) for i in group),
+        entries = [arrays[i].size // sizes[i] for i in members for _ in range(sizes[i])]
+        found, values = search_masks(
+            [_real(arrays[i]) for i in members],
+            fraction.k(entries),
             guess[places],
-            None if static_alpha else alpha,
-            static_alpha,
-            tuple(block_axes[i] for i in group),
+            block_axes=tuple(block_axes[i] for i in members),
         )
         guess = guess.at[places].set(values)
-        for i, mask in zip(group, found, strict=True):
+        for i, mask in zip(members, found, strict=True):
             masks[i] = mask
     return masks, guess
 
@@ -160,99 +147,6 @@ def no_guess(
     """What :func:`select_masks` starts from where nothing is known."""
     blocks = sum(block_count(s, a) for s, a in zip(shapes, block_axes, strict=True))
     return jnp.full((blocks,), -1, jnp.int32)
-
-
-# Compiled once for each tree of shapes: without jit, eager loops compile at every call.
-@functools.partial(jax.jit, static_argnames=("static_alpha", "block_axes"))
-def _search_masks(
-    arrays: tuple[jax.Array, ...],
-    guess: jax.Array,
-    alpha: jax.Array | None,
-    static_alpha: float | None,
-    block_axes: tuple[tuple[int, ...], ...],
-) -> tuple[list[jax.Array], jax.Array]:
-    """Masks of the arrays, and their blocks' thresholds; arrays of one kind adjoin."""
-    paired = list(zip(arrays, block_axes, strict=True))
-    alone = counting.on_one_cpu_device()
-    views = [rows_of_blocks(x, a) if alone else x for x, a in paired]
-    axes = [extent(v.shape, a) for v, a in zip(views, block_axes, strict=True)]
-    few = [
-        alone and most_candidates(v.shape, a) for v, a in zip(views, axes, strict=True)
-    ]
-    blocks = describe(views, axes, few)
-    k = k_limbs(static_alpha, alpha, blocks.n)
-    digits = len(blocks.sizes)
-    widths = [block_count(x.shape, a) for x, a in paired]
-    units = make_units([(x.shape, x.dtype, a) for x, a in paired])
-    unit_widths = [sum(widths[i] for i in unit) for unit in units]
-    # Elsewhere kernels that are compiled one by one cost less than such a reduction.
-    apart = split if alone else slices
-
-    def pack(request: Request) -> jax.Array:
-        (value, cut), mode, *bracket = request
-        rows = [value, *cut, *(mode, *bracket) * alone]
-        rows = [jnp.broadcast_to(row.astype(guess.dtype), value.shape) for row in rows]
-        return jnp.stack(rows)
-
-    def look(packed: jax.Array) -> tuple[counting.Limbs, Gathered | None]:
-        xs = views
-        if not alone:
-            # The barrier ties the arrays to the loop's variables. Without it XLA hoists
-            # their magnitudes out of the loop, which keeps a copy of all of them alive.
-            packed, xs = lax.optimization_barrier((packed, views))
-        answers = [
-            look_at(
-                [xs[i] for i in unit],
-                part,
-                axes[unit[0]],
-                digits,
-                len(k),
-                alone,
-                few[unit[0]] > 0,
-            )
-            for unit, part in zip(units, apart(packed, unit_widths), strict=True)
-        ]
-        answer = jnp.concatenate(answers, axis=-1)
-        counts = tuple(answer[: len(k)].astype(jnp.uint32))
-        if not alone:
-            return counts, None
-        value, *numbers = answer[len(k) :, :1]
-        return counts, Gathered(value, *(n.astype(jnp.uint32) for n in numbers))
-
-    guess = vary(guess, varying_axes(arrays[0]))[None]
-    if blocks.top.dtype == np.int64:
-        guess = guess.astype(np.int64) << 32
-    packed = search(look, pack, blocks, k, guess, 2 if alone else 4)
-    thresholds = zip(
-        *(apart(row, widths) for row in packed[: 1 + digits, 0]), strict=True
-    )
-    masks = []
-    shared: dict[Any, counting.Limbs] = {}
-    for x, along, threshold in zip(arrays, block_axes, thresholds, strict=True):
-        kind = x.shape, extent(x.shape, along)
-        if not (alone and kind in shared):  # as in look_at
-            shared[kind] = index_digits(*kind)
-        masks.append(reaches(x, threshold, shared[kind], kind[1]))
-    values = packed[0, 0]
-    values = values >> 32 if values.dtype == np.int64 else values
-    return masks, values.astype(jnp.int32)
-
-
-def _top_k_mask(
-    x: jax.Array, alpha: jax.typing.ArrayLike, n: int, order: tuple[int, ...]
-) -> jax.Array:
-    """The mask by :func:`jax.lax.top_k`; ``order`` names the block axes first."""
-    # Of the bits, because XLA's top_k takes bfloat16 subnormals for zero on the CPU.
-    rows = order_bits(x).transpose(order).reshape(-1, n)
-    static_alpha = static(alpha)
-    _, columns = lax.top_k(rows, static_k(static_alpha, n) if static_alpha else n)
-    ranks = jnp.arange(columns.shape[1], dtype=jnp.uint32)
-    below_k = counting.less((ranks[None],), k_limbs(static_alpha, alpha, [n])[-1:])
-    chosen = jnp.broadcast_to(below_k, columns.shape)
-    mask = jnp.zeros(rows.shape, bool)
-    mask = mask.at[jnp.arange(rows.shape[0])[:, None], columns].set(chosen)
-    shape = tuple(x.shape[a] for a in order)
-    return mask.reshape(shape).transpose(tuple(np.argsort(order).tolist()))
 
 
 def _real(x: jax.Array) -> jax.Array:

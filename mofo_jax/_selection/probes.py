@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mofo_jax._selection import counting
-from mofo_jax._selection.brackets import State, distances
-from mofo_jax._selection.counting import Limbs
+from mofo_jax._selection.brackets import Brackets, distances
 from mofo_jax._selection.ranking import Blocks
 
 # How much the logarithm of the count falls as a threshold rises by one octave: 2.2 is
@@ -27,34 +25,36 @@ def first_probes(blocks: Blocks, guess: jax.Array, probes: int) -> jax.Array:
 
 
 def next_probes(
-    state: State, blocks: Blocks, k: Limbs, probes: int
-) -> tuple[jax.Array, State]:
-    """Where to count next: ``[probes, blocks]`` positions inside the brackets."""
-    low, high = state.low, state.high
+    brackets: Brackets, blocks: Blocks, probes: int
+) -> tuple[jax.Array, Brackets]:
+    """Where to count next: ``[probes, blocks]`` positions inside the brackets.
+
+    Also the brackets, with what the next call has to know of this one.
+    """
+    low, high = brackets.low, brackets.high
     kind = low.dtype
     span = (high - low).astype(jnp.float32) + 1
-    target = counting.to_float(k)
-    reached = counting.to_float(state.reached)
-    exceeded = counting.to_float(state.exceeded)
-    over, under = distances(state.reached, state.exceeded, k)
+    target = blocks.k.to_float()
+    reached = brackets.reached.to_float()
+    exceeded = brackets.exceeded.to_float()
+    over, under = distances(brackets.reached, brackets.exceeded, blocks)
     candidates = jnp.maximum(over + under, 1)
-    n = counting.to_float(counting.limbs(blocks.n, len(k)))
+    n = blocks.n.to_float()
 
     # Between two counts: where k would be if the logarithm of the count fell evenly,
     # which it nearly does over magnitudes; over an index the count itself does. That
     # many candidates fall at random, hence the root.
     above = jnp.log1p(over / target)
     below = -jnp.log1p(-jnp.minimum(under, target - 0.5) / target)
-    fraction = jnp.where(
-        state.level == 0, above / jnp.maximum(above + below, 1e-30), over / candidates
-    )
+    by_logarithm = above / jnp.maximum(above + below, 1e-30)
+    fraction = jnp.where(brackets.level == 0, by_logarithm, over / candidates)
     near = jnp.minimum(over, under)
     error = (jnp.sqrt(near) + 0.002 * near) / candidates
     # Few candidates are best told apart by probes that divide their range.
     error = jnp.minimum(error, 1 / 12)
     fractions = fraction + error * _places(probes, 2, 0.5, 2).astype(np.float32)
     # Steps of equal width where that does not help: on values with many ties, say.
-    evenly = state.stuck | (state.run >= _PATIENCE)
+    evenly = brackets.stuck | (brackets.slow_passes >= _PATIENCE)
     steps = (np.arange(1, probes + 1) / (probes + 1))[:, None].astype(np.float32)
     fractions = jnp.where(evenly, steps, fractions)
     inside = jnp.round(jnp.clip(fractions, 0, 1 - 2.0**-23) * span).astype(kind)
@@ -62,7 +62,7 @@ def next_probes(
     # Beyond the only count: as far as the usual shape of a distribution says, then
     # in leaps that grow.
     no_low, no_high = (
-        (end == start) & (state.level == 0)
+        (end == start) & (brackets.level == 0)
         for end, start in (
             (low, jnp.zeros_like(low)),
             (high, jnp.asarray(blocks.top, kind)),
@@ -70,9 +70,10 @@ def next_probes(
     )
     count = jnp.where(no_high, reached, exceeded)
     octave = jnp.asarray(blocks.octave, jnp.float32)
-    apart = 1.25 * jnp.abs(jnp.log(jnp.maximum(count, 0.5) / target)) + 2 / target
-    apart = jnp.where((count == 0) | (count == n), 1.0, jnp.minimum(apart / _FALL, 4))
-    away = apart * octave * state.leap
+    octaves = 1.25 * jnp.abs(jnp.log(jnp.maximum(count, 0.5) / target)) + 2 / target
+    octaves = jnp.minimum(octaves / _FALL, 4)
+    octaves = jnp.where((count == 0) | (count == n), 1.0, octaves)
+    away = octaves * octave * brackets.leap
     factors = {2: [0.7, 1.2], 4: [0.9, 1.4, 4.0, 32.0]}[probes]
     away = away * np.array(factors, np.float32)[:, None]
     outside = jnp.minimum(away, span * (1 - 2.0**-23)).astype(kind)
@@ -81,12 +82,10 @@ def next_probes(
     positions = jnp.where(
         one_sided, jnp.where(no_high, low + outside, high + 1 - outside), low + inside
     )
-    next_to = np.arange(probes, dtype=np.dtype(kind))[:, None]
-    positions = jnp.where(state.hint >= 0, state.hint + next_to, positions)
     positions = jnp.minimum(jnp.maximum(positions, low + 1), high)
-    return positions, state._replace(
-        run=jnp.where(evenly, 0, state.run),
-        leap=jnp.where(one_sided, 8 * state.leap, state.leap),
+    return positions, brackets._replace(
+        slow_passes=jnp.where(evenly, 0, brackets.slow_passes),
+        leap=jnp.where(one_sided, 8 * brackets.leap, brackets.leap),
     )
 
 

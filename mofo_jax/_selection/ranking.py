@@ -9,40 +9,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mofo_jax._selection import counting
+from mofo_jax._selection.counting import Integers, limbs_for
 
 Axes = tuple[int, ...]
 
 
 class Blocks(NamedTuple):
-    """What the search has to know of the blocks, as NumPy arrays ``[1, blocks]``.
+    """What the search has to know of the blocks, in arrays ``[1, blocks]``.
 
     Attributes:
       top: largest magnitude, as the integer that stands for it.
       octave: number of magnitudes between a value and its double.
       sizes: entries along each digit of an index, most significant first, 1 for a
         digit that a block does not have. Their product is the block's size.
-      few: how many candidates are worth gathering, 0 for a block that cannot be.
+      k: how many entries to select, from 1 to the block's size.
     """
 
     top: np.ndarray
     octave: np.ndarray
-    few: np.ndarray
     sizes: tuple[np.ndarray, ...]
+    k: Integers
 
     @property
-    def n(self) -> list[int]:
-        """Number of entries, as exact integers."""
+    def n(self) -> Integers:
+        """Number of entries."""
         digits = zip(*(sizes[0].tolist() for sizes in self.sizes), strict=True)
-        return [math.prod(sizes) for sizes in digits]
+        return Integers.of([math.prod(sizes) for sizes in digits], len(self.k.limbs))
 
 
 # Traced once for each kind of array.
 @functools.partial(jax.jit, static_argnames="axes")
-def reaches(
-    x: jax.Array, threshold: tuple[jax.Array, ...], index: counting.Limbs, axes: Axes
+def mark(
+    x: jax.Array, threshold: tuple[jax.Array, ...], index: Integers, axes: Axes
 ) -> jax.Array:
-    """Marks the entries at or above a threshold of their block.
+    """Marks the entries at or above the threshold of their block.
 
     Args:
       x: Array that :func:`order_bits` takes.
@@ -57,9 +57,10 @@ def reaches(
     )
     bits = order_bits(x)
     value = spread(threshold[0], bits.dtype)
-    cut = tuple(spread(row, jnp.int32) for row in threshold[-len(index) :])
+    digits = threshold[-len(index.limbs) :]
+    cut = Integers(tuple(spread(row, jnp.int32) for row in digits))
     # The same as bits > value, or bits == value and index < cut, in fewer operations.
-    return bits - counting.reaches(index, cut).astype(bits.dtype) >= value
+    return bits - (index >= cut).astype(bits.dtype) >= value
 
 
 def order_bits(x: jax.Array) -> jax.Array:
@@ -76,42 +77,27 @@ def order_bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, kind) & np.array(np.iinfo(kind).max, kind)
 
 
-def rows_of_blocks(x: jax.Array, block_axes: Axes) -> jax.Array:
-    """x with each block as rows, for threads to share, of a length for vector units.
-
-    Without a copy; x itself where that cannot be, or a block needs two digits.
-    """
-    lead = len(block_axes)
-    n = math.prod(x.shape[lead:])
-    if block_axes != tuple(range(lead)) or n >= counting.LIMB_SIZE:
-        return x
-    rows = math.gcd(n, 1024)
-    while rows > 1 and n // rows < 512:
-        rows //= 2
-    return x.reshape(*x.shape[:lead], rows, n // rows)
-
-
-def describe(arrays: list[jax.Array], axes: list[Axes], few: list[int]) -> Blocks:
-    """The blocks of all arrays, one after the other; ``few`` is for each array."""
+def describe(arrays: list[jax.Array], axes: list[Axes], k: Integers) -> Blocks:
+    """The blocks of all arrays, one after the other; axes as :func:`entry_axes`."""
     sizes = [
-        [math.prod(x.shape[a] for a in run) for run in _index_runs(x.shape, extent)]
-        for x, extent in zip(arrays, axes, strict=True)
+        [math.prod(x.shape[a] for a in run) for run in _index_runs(x.shape, along)]
+        for x, along in zip(arrays, axes, strict=True)
     ]
     digits = max(map(len, sizes))
     rows: list[list[int]] = []
-    for x, size, some in zip(arrays, sizes, few, strict=True):
+    for x, size in zip(arrays, sizes, strict=True):
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         top = int(np.iinfo(_bits_dtype(x.dtype)).max)
         octave = 2 ** int(jnp.finfo(x.dtype).nmant) if is_float else top // 64
-        row = [top, octave, some, *(1,) * (digits - len(size)), *size]
+        row = [top, octave, *(1,) * (digits - len(size)), *size]
         rows += [row] * (x.size // math.prod(size))
     kind = np.int32 if max(row[0] for row in rows) < 2**31 else np.int64
-    top, octave, few_, *columns = np.array(rows, kind).T[:, None]
-    return Blocks(top, octave, few_, tuple(columns))
+    top, octave, *columns = np.array(rows, kind).T[:, None]
+    return Blocks(top, octave, tuple(columns), k)
 
 
-def extent(shape: tuple[int, ...], block_axes: Axes) -> Axes:
-    """The axes along which the blocks of an array extend."""
+def entry_axes(shape: tuple[int, ...], block_axes: Axes) -> Axes:
+    """The axes along which the entries of a block lie."""
     return tuple(a for a in range(len(shape)) if a not in block_axes)
 
 
@@ -126,8 +112,8 @@ def _bits_dtype(dtype: Any) -> np.dtype[Any]:
 
 def index_digits(
     shape: tuple[int, ...], axes: Axes, zero: jax.Array | None = None
-) -> counting.Limbs:
-    """Row-major index of each entry inside its block, as int32 digits.
+) -> Integers:
+    """Row-major index of each entry inside its block; its limbs are int32 digits.
 
     ``zero`` is, in a loop, an int32 scalar of value 0 that depends on the loop's
     variables, which keeps XLA from storing what the index is made of.
@@ -142,14 +128,14 @@ def index_digits(
             size *= shape[axis]
         assert digit is not None
         digits.append(digit)
-    return tuple(digits)
+    return Integers(tuple(digits))
 
 
 def _index_runs(shape: tuple[int, ...], axes: Axes) -> list[Axes]:
-    """Runs of axes of less than LIMB_SIZE entries each, one for each digit."""
+    """Runs of axes with as many entries as one limb can count, for each digit one."""
     runs: list[Axes] = []
     for axis in reversed(axes):
-        if runs and math.prod(shape[a] for a in (axis, *runs[0])) < counting.LIMB_SIZE:
+        if runs and limbs_for(math.prod(shape[a] for a in (axis, *runs[0]))) == 1:
             runs[0] = (axis, *runs[0])
         else:
             runs.insert(0, (axis,))

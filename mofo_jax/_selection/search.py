@@ -1,134 +1,151 @@
 """The search for thresholds that exactly k entries of a block reach, by counting.
 
-Entries of a block are ranked without ties, by magnitude first and index second, and a
-threshold is a pair of both. One loop searches for all blocks of a tree: each pass
-counts, for every block, the entries at or above a probe or several, and narrows the
-bracket that holds the threshold. Where a probe falls is a matter of speed alone: a
-bracket rests on counts, and the search ends where a count equals k.
+Entries of a block are ranked without ties: by magnitude first, and by index among
+equals. A threshold is a pair of both, so for every k there is one that exactly k
+entries reach.
+
+Every block has a bracket (:mod:`.brackets`): at least k entries reach its lower end,
+and fewer than k exceed its upper end. One loop searches for all blocks of a tree. Each
+pass of it counts, in every block, the entries that reach a few probes, and moves the
+ends of the bracket to the probes. The bracket holds positions of magnitudes until only
+one magnitude is left in it, and then positions of the index. A block is finished when a
+count is k.
+
+Where the probes fall (:mod:`.probes`) decides how many passes that takes, and nothing
+else, as a bracket rests on counts. The first ones lie around a guess: the threshold of
+the step before.
+
+How a pass reads the arrays depends on the device, and :class:`Passes` is what the
+search asks of it. :mod:`.any_device` counts, on whatever device or mesh the arrays
+are. :mod:`.single_cpu` reads them in the way that a CPU reads fastest, and gathers the
+last candidates. A third one needs the same four methods.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from mofo_jax._selection import counting
-from mofo_jax._selection.brackets import State, narrow, narrow_to, next_digit, start
-from mofo_jax._selection.candidates import Gathered
-from mofo_jax._selection.counting import Limbs
+from mofo_jax._selection.any_device import AnyDevice
+from mofo_jax._selection.brackets import (
+    Brackets,
+    next_digit,
+    start,
+    unfinished,
+    vary,
+    varying_axes,
+)
+from mofo_jax._selection.counting import Integers
+from mofo_jax._selection.options import options
 from mofo_jax._selection.probes import first_probes, next_probes
-from mofo_jax._selection.ranking import Blocks
+from mofo_jax._selection.ranking import Axes, Blocks
+from mofo_jax._selection.single_cpu import SingleCPU
 
 
-class Threshold(NamedTuple):
-    """Selects magnitudes above value, and those equal to it of an index below cut.
-
-    Attributes:
-      value: magnitudes as integers.
-      cut: digits of an index; the size of the first digit is all.
-    """
-
-    value: jax.Array
-    cut: tuple[jax.Array, ...]
-
-
-class Request(NamedTuple):
-    """What to find out of each block.
+class Passes(Protocol):
+    """How a kind of device reads the arrays of a search.
 
     Attributes:
-      threshold: count the entries that reach it, ``[probes, blocks]``...
-      mode: int32, COUNT; or GATHER, if instead the magnitudes of the bracket may be
-        gathered; or DONE, if nothing is asked any more.
-      low: the bracket's lower end.
-      high: its upper end.
-      need: which largest of the magnitudes in the bracket is searched for.
-      candidates: how many magnitudes the bracket has.
+      blocks: The blocks of all arrays, one after the other.
+      probes: How many thresholds a pass counts for, 2 or 4.
     """
 
-    threshold: Threshold
-    mode: jax.Array
-    low: jax.Array
-    high: jax.Array
-    need: jax.Array
-    candidates: jax.Array
+    blocks: Blocks
+    probes: int
+
+    def start(self, guess: jax.Array) -> Any:
+        """What a pass leaves for the next one beside brackets, before the first."""
+
+    def request(
+        self, brackets: Brackets, positions: jax.Array, memory: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the next pass shall find out, as one array ``[rows, probes, blocks]``.
+
+        Its first rows are the :func:`.brackets.thresholds`. Also their positions, if
+        the memory knows better ones than those given.
+        """
+
+    def take(
+        self, brackets: Brackets, positions: jax.Array, request: jax.Array
+    ) -> tuple[Brackets, Any]:
+        """The brackets after a pass over the arrays, and what is to be remembered."""
+
+    def masks(self, thresholds: jax.Array) -> list[jax.Array]:
+        """What reaches the thresholds ``[rows, blocks]``, for each array."""
 
 
-# What is asked of one block of a unit is done for all, and so the last of these.
-DONE, GATHER, COUNT = range(3)
+# Compiled once for each tree of shapes: without jit, eager loops compile at every call.
+@functools.partial(jax.jit, static_argnames="block_axes")
+def search_masks(
+    arrays: list[jax.Array], k: Integers, guess: jax.Array, block_axes: tuple[Axes, ...]
+) -> tuple[list[jax.Array], jax.Array]:
+    """Marks the k largest entries of each block of the arrays.
+
+    Args:
+      arrays: Real arrays, those of one kind side by side.
+      k: ``[1, blocks]``, from 1 to the block's size.
+      guess: int32 ``[blocks]``, the second result of an earlier call, or -1.
+      block_axes: For each array.
+
+    Returns:
+      Boolean masks, and the magnitudes that the marked entries reach: int32
+      ``[blocks]``, of float64 the upper 32 bits.
+    """
+    passes = _passes(arrays, list(block_axes), k)
+    guess = vary(guess, varying_axes(arrays[0]))[None]
+    is_wide = passes.blocks.top.dtype == np.int64
+    if is_wide:
+        guess = guess.astype(np.int64) << 32
+    thresholds = _search(passes, guess)
+    values = thresholds[0] >> 32 if is_wide else thresholds[0]
+    return passes.masks(thresholds), values.astype(jnp.int32)
 
 
-def search(
-    look: Callable[[jax.Array], tuple[Limbs, Gathered | None]],
-    pack: Callable[[Request], jax.Array],
-    blocks: Blocks,
-    k: Limbs,
-    guess: jax.Array,
-    probes: int,
-) -> jax.Array:
+def _passes(arrays: list[jax.Array], block_axes: list[Axes], k: Integers) -> Passes:
+    """How to read the arrays: the one place where that is chosen.
+
+    A wrong guess, as when lowering for another platform, costs time only.
+    """
+    alone = jax.device_count() == 1 and jax.default_backend() == "cpu"
+    name = options.value.program or ("one CPU device" if alone else "any device")
+    program = SingleCPU if name == "one CPU device" else AnyDevice
+    return program(arrays, block_axes, k)
+
+
+def _search(passes: Passes, guess: jax.Array) -> jax.Array:
     """Thresholds that exactly k entries reach.
 
     Args:
-      look: Answers requests that were packed: how many entries of each block reach the
-        thresholds, ``[probes, blocks]``, and what was gathered, ``[1, blocks]``.
-      pack: Makes one array of a request.
-      blocks: The blocks.
-      k: ``[1, blocks]``, entries to select, from 1 to the block's size.
+      passes: How the arrays are read.
       guess: ``[1, blocks]``, magnitudes to start from, -1 for none.
-      probes: How many thresholds a pass counts for.
 
     Returns:
-      The last request, packed, in which all probes of a block are the same.
+      ``[rows, blocks]``: the value of each threshold, and the digits of its cut.
     """
-    state = start(blocks, k, guess)
-    first = first_probes(blocks, guess, probes)
+    blocks, probes = passes.blocks, passes.probes
+    on_pass = options.value.on_pass
 
-    def unfinished(carry: Any) -> jax.Array:
-        return jnp.any(~counting.equal(carry[0].reached, k))
+    def any_unfinished(carry: Any) -> jax.Array:
+        return jnp.any(unfinished(carry[0], blocks))
 
     def step(carry: Any) -> Any:
-        state, positions, packed = carry
-        counts, gathered = look(packed)
-        before = state
-        state = narrow(state, positions, counts, k)
-        if gathered is not None:
-            state = narrow_to(state, before, gathered)
-        state = next_digit(state, blocks, k)
-        positions, state = next_probes(state, blocks, k, probes)
-        return state, positions, pack(_request(state, positions, blocks, k))
+        brackets, positions, request, _ = carry
+        if on_pass is not None:
+            jax.debug.callback(on_pass, request[0, 0, 0])
+        brackets, memory = passes.take(brackets, positions, request)
+        brackets = next_digit(brackets, blocks)
+        positions, brackets = next_probes(brackets, blocks, probes)
+        positions, request = passes.request(brackets, positions, memory)
+        return brackets, positions, request, memory
 
-    carry = (state, first, pack(_request(state, first, blocks, k)))
-    _, _, packed = lax.while_loop(unfinished, step, carry)
-    return packed
-
-
-def _request(state: State, positions: jax.Array, blocks: Blocks, k: Limbs) -> Request:
-    """To count at the positions; where a block is finished, the threshold found."""
-    live = ~counting.equal(state.reached, k)
-    positions = jnp.where(live, positions, state.low)
-    value = jnp.where(state.level == 0, positions, state.found[0])
-    cut = []
-    for digit, sizes in enumerate(blocks.sizes):
-        size = jnp.asarray(sizes, positions.dtype)
-        later = size if digit == 0 else jnp.zeros_like(size)
-        cut.append(
-            jnp.where(
-                state.level == digit + 1,
-                size - positions,
-                jnp.where(
-                    state.level > digit + 1,
-                    size - 1 - state.found[min(digit + 1, len(state.found) - 1)],
-                    later,
-                ),
-            )
-        )
-    held = counting.subtract(state.reached, state.exceeded)
-    few = counting.to_float(held) <= jnp.asarray(blocks.few, jnp.float32)
-    possible = (blocks.few > 0) & (state.level == 0) & ~state.gathered
-    gather = possible & (few | state.stuck)
-    mode = jnp.where(live, jnp.where(gather, GATHER, COUNT), DONE)
-    need = counting.subtract(k, state.exceeded)[-1]
-    threshold = Threshold(value, tuple(cut))
-    high = jnp.where(live, state.high, state.low)  # nothing to narrow where it is done
-    return Request(threshold, mode, state.low, high, need, held[-1])
+    brackets, memory = start(blocks, guess), passes.start(guess)
+    # A loop's carry must vary along the manual mesh axes that its values vary along.
+    brackets, memory = vary((brackets, memory), varying_axes(guess))
+    positions = first_probes(blocks, guess, probes)
+    positions, request = passes.request(brackets, positions, memory)
+    carry = brackets, positions, request, memory
+    _, _, request, _ = lax.while_loop(any_unfinished, step, carry)
+    return request[: 1 + len(blocks.sizes), 0]

@@ -1,15 +1,10 @@
-import jax
 import pytest
 
-from mofo_jax._selection import counting
+from mofo_jax.testing import search_program
 
 
-@pytest.fixture(scope="module", params=["any device", "one CPU device"])
+@pytest.fixture(params=["any device", "one CPU device"])
 def program(request):
     """Both ways of searching; the second is never chosen beside simulated devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "one CPU device":
-            patch.setattr(counting, "on_one_cpu_device", lambda: True)
-        jax.clear_caches()
+    with search_program(request.param):
         yield request.param
-    jax.clear_caches()

@@ -7,9 +7,10 @@ import pytest
 
 import mofo_jax
 import mofo_jax.continual
+import mofo_jax.testing
 
 REFERENCE = Path(__file__).parents[2] / "docs/api.rst"
-MODULES = (mofo_jax, mofo_jax.continual)
+MODULES = (mofo_jax, mofo_jax.testing, mofo_jax.continual)
 NAMES = [(module, name) for module in MODULES for name in module.__all__]
 
 

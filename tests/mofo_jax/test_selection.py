@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given, settings
 
 from mofo_jax import top_fraction_mask
-from mofo_jax._selection import counting
+from mofo_jax.testing import integer_limit
 
 pytestmark = pytest.mark.usefixtures("program")
 
 DTYPES = ["float32", "float16", "bfloat16", "complex64"]
-# Few shapes: each compiles its own program, and it is values that are drawn.
 SHAPES = [(1,), (7,), (48,), (3, 5), (16, 6), (2, 3, 4), (1, 32, 1)]
 
 
@@ -41,18 +40,22 @@ def reference_mask(x, alpha, block_axes=()):
     return mask.reshape(shape).transpose(np.argsort([*block_axes, *axes]))
 
 
-@functools.partial(jax.jit, static_argnames=("alpha", "block_axes", "method"))
-def mask_of(x, alpha, block_axes=None, method="search"):
-    return top_fraction_mask(x, alpha, block_axes=block_axes, method=method)
+def mask_of(x, alpha, block_axes=None):
+    """By the search, whose compiled program serves all alphas."""
+    return top_fraction_mask(jnp.asarray(x), alpha, block_axes=block_axes)
 
 
-@functools.partial(jax.jit, static_argnames="alpha")
-def top_k_of_magnitudes(x, alpha):
-    """The definition, word for word."""
-    magnitudes = jnp.abs(x).reshape(-1)
-    k = min(x.size, max(1, math.floor(alpha * x.size)))
-    _, indices = jax.lax.top_k(magnitudes, k)
-    return jnp.zeros(x.size, bool).at[indices].set(True).reshape(x.shape)
+@functools.partial(jax.jit, static_argnames="block_axes")
+def mask_by_top_k(x, alpha, block_axes=None):
+    return top_fraction_mask(x, alpha, block_axes=block_axes, method="top_k")
+
+
+@jax.jit
+def top_k_of_magnitudes(x, k):
+    """The definition, word for word, with one program for all k."""
+    _, indices = jax.lax.top_k(jnp.abs(x).reshape(-1), x.size)
+    marks = jnp.arange(x.size) < k
+    return jnp.zeros(x.size, bool).at[indices].set(marks).reshape(x.shape)
 
 
 def is_subnormal(x):
@@ -61,10 +64,9 @@ def is_subnormal(x):
 
 
 @st.composite
-def arrays(draw):
-    """Arrays with many ties, extreme values and raw bit patterns of each dtype."""
-    dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
-    shape = draw(st.sampled_from(SHAPES))
+def arrays(draw, dtype, shape):
+    """Arrays with many ties, extreme values and raw bit patterns of a dtype."""
+    dtype = jnp.dtype(dtype)
     if dtype == np.complex64:
         parts = st.sampled_from([0.0, -0.0, 1.0, -2.0, 3.5, np.inf, 1e-41])
         real, imag = (draw(hnp.arrays("float32", shape, elements=parts)) for _ in "ab")
@@ -102,22 +104,37 @@ def arrays(draw):
     return draw(hnp.arrays(unsigned, shape, elements=elements)).view(dtype)
 
 
-@given(arrays(), st.sampled_from([0.01, 0.3, 0.5, 1.0]), st.data())
+def axes_of(shape):
+    ndim = len(shape)
+    several = [(0, ndim - 1)] if ndim > 1 else []
+    return [(), *((a,) for a in range(ndim)), *several]
+
+
+# Each is a program to compile; it is values that are drawn.
+ALL_KINDS = [
+    (dtype, shape, axes)
+    for shape in SHAPES
+    for axes in axes_of(shape)
+    for dtype in DTYPES
+]
+# Every shape with all axes, and the dtypes in turn.
+KINDS = [ALL_KINDS[4 * i + i % 4] for i in range(len(ALL_KINDS) // 4)]
+
+
+@pytest.mark.parametrize(
+    "kinds", [KINDS, pytest.param(ALL_KINDS, marks=pytest.mark.thorough)]
+)
+@given(st.data(), st.sampled_from([0.01, 0.3, 0.5, 1.0]))
 @settings(max_examples=120)
-def test_mask_equals_top_k(x, alpha, data):
-    block_axes = data.draw(
-        st.sampled_from(
-            [
-                (),
-                *((a,) for a in range(x.ndim)),
-                *([(0, x.ndim - 1)] if x.ndim > 1 else []),
-            ]
-        )
-    )
+def test_mask_equals_top_k(kinds, data, alpha):
+    dtype, shape, block_axes = data.draw(st.sampled_from(kinds))
+    x = data.draw(arrays(dtype, shape))
     mask = np.asarray(mask_of(x, alpha, block_axes))
-    np.testing.assert_array_equal(mask, mask_of(x, alpha, block_axes, "top_k"))
+    by_top_k = mask_by_top_k(x, jnp.float32(alpha), block_axes)
+    np.testing.assert_array_equal(mask, by_top_k)
     if not block_axes and (x.dtype != jnp.bfloat16 or not is_subnormal(x).any()):
-        np.testing.assert_array_equal(mask, top_k_of_magnitudes(x, alpha))
+        k = min(x.size, max(1, math.floor(alpha * x.size)))
+        np.testing.assert_array_equal(mask, top_k_of_magnitudes(x, jnp.int32(k)))
     if x.dtype != np.complex64:  # NumPy rounds a complex magnitude otherwise
         np.testing.assert_array_equal(mask, reference_mask(x, alpha, block_axes))
 
@@ -126,7 +143,7 @@ def test_subnormals_of_bfloat16_are_ordered():
     """As float32's and float16's are; jax.lax.top_k ties them with zero on the CPU."""
     x = np.array([0, 0x0001, 0x0040, 0, 0x0080], np.uint16).view(jnp.bfloat16)
     for method in ("search", "top_k"):
-        mask = mask_of(x, 0.6, None, method)
+        mask = top_fraction_mask(jnp.asarray(x), 0.6, method=method)
         assert mask.tolist() == [False, True, True, False, True]
 
 
@@ -159,7 +176,7 @@ def test_large_arrays(size):
 @given(st.sampled_from([1, 10, 57, 300]), st.floats(1e-3, 1.0))
 @settings(max_examples=30)
 def test_number_selected(n, alpha):
-    mask = mask_of(np.zeros(n, np.float32), alpha, None, "top_k")
+    mask = mask_of(np.zeros(n, np.float32), alpha)
     assert mask.sum() == min(n, max(1, math.floor(alpha * n)))
 
 
@@ -189,26 +206,17 @@ def test_scalars_empty_arrays_and_single_entries():
 
 
 @pytest.mark.parametrize("limit", [4, 16, 50])
-def test_counts_of_several_limbs(monkeypatch, request, limit):
-    """Arrays beyond 2^32 entries count in two limbs; here the limb is made small."""
+def test_counts_of_several_limbs(limit):
+    """Arrays beyond 2^32 entries count in two limbs; here the limit is lowered."""
     x = np.random.default_rng(limit).normal(size=(3, 2, 3, 3)).astype(np.float32)
-    monkeypatch.setattr(counting, "LIMB_SIZE", limit)
-    jax.clear_caches()  # of programs compiled for another limit, and after it
-    request.addfinalizer(jax.clear_caches)
-    for values in (x, np.round(x), np.ones_like(x)):
-        for alpha in (0.1, 0.6, jnp.float32(0.6)):
-            mask = top_fraction_mask(jnp.asarray(values), alpha)
-            np.testing.assert_array_equal(mask, reference_mask(values, float(alpha)))
-        mask = top_fraction_mask(jnp.asarray(values), 0.4, block_axes=0)
-        np.testing.assert_array_equal(mask, reference_mask(values, 0.4, (0,)))
-
-
-def test_sums_of_counts_beyond_32_bits():
-    """Partial counts of a huge array add up exactly, carries included."""
-    partial = np.array([2**32 - 1, 2**32 - 1, 12345, 2**31, 7], np.uint32)
-    high, low = counting._sum(jnp.asarray(partial)[:, None], (0, 1), (5, 2**32 - 1))
-    total = sum(int(p) for p in partial)
-    assert (int(high[0, 0]) << 32) + int(low[0, 0]) == total
+    with integer_limit(limit):
+        for values in (x, np.round(x), np.ones_like(x)):
+            for alpha in (0.1, 0.6, jnp.float32(0.6)):
+                mask = top_fraction_mask(jnp.asarray(values), alpha)
+                expected = reference_mask(values, float(alpha))
+                np.testing.assert_array_equal(mask, expected)
+            mask = top_fraction_mask(jnp.asarray(values), 0.4, block_axes=0)
+            np.testing.assert_array_equal(mask, reference_mask(values, 0.4, (0,)))
 
 
 # Bytes an entry, of four. Beside simulated devices, XLA for the CPU writes out partial
