@@ -205,7 +205,9 @@ def test_scalars_empty_arrays_and_single_entries():
     assert top_fraction_mask(jnp.zeros((4, 1)), 0.1, block_axes=0).all()
 
 
-@pytest.mark.parametrize("limit", [4, 16, 50])
+@pytest.mark.parametrize(
+    "limit", [16, *(pytest.param(n, marks=pytest.mark.thorough) for n in (4, 50))]
+)
 def test_counts_of_several_limbs(limit):
     """Arrays beyond 2^32 entries count in two limbs; here the limit is lowered."""
     x = np.random.default_rng(limit).normal(size=(3, 2, 3, 3)).astype(np.float32)
@@ -224,6 +226,7 @@ def test_counts_of_several_limbs(limit):
 TEMPORARY = {"any device": 0.8, "one CPU device": 0.14}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(2**16, 2**16), (128, 16384, 53248)])
 def test_huge_arrays_compile_without_temporaries(shape, program):
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -232,6 +235,7 @@ def test_huge_arrays_compile_without_temporaries(shape, program):
     assert memory.temp_size_in_bytes < TEMPORARY[program] * math.prod(shape)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block_axes", [None, 0, (0, 1)])
 def test_no_copy_of_magnitudes_is_kept(block_axes, program):
     """A loop over a stored |x| would need x's size of temporary memory."""
@@ -256,6 +260,7 @@ def test_eager_calls_compile_once():
         assert compiled  # the watch works
 
 
+@pytest.mark.thorough
 def test_vmap():
     x = np.random.default_rng(0).normal(size=(5, 60)).astype(np.float32)
     x[2] = np.round(x[2])
