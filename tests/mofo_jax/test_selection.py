@@ -117,8 +117,8 @@ ALL_KINDS = [
     for axes in axes_of(shape)
     for dtype in DTYPES
 ]
-# Every shape with all axes, and the dtypes in turn.
-KINDS = [ALL_KINDS[4 * i + i % 4] for i in range(len(ALL_KINDS) // 4)]
+# Some of them, with every shape and dtype.
+KINDS = ALL_KINDS[::9]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,7 @@ def test_large_arrays(size):
         assert mask.sum() == size // 10
 
 
+@pytest.mark.thorough
 @given(st.sampled_from([1, 10, 57, 300]), st.floats(1e-3, 1.0))
 @settings(max_examples=30)
 def test_number_selected(n, alpha):
