@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from mofo_jax import top_fraction_mask
-from mofo_jax.testing import integer_limit
+from mofo_jax.testing import add_counts, integer_limit
 
 pytestmark = pytest.mark.usefixtures("program")
 
@@ -220,6 +220,12 @@ def test_counts_of_several_limbs(limit):
                 np.testing.assert_array_equal(mask, expected)
             mask = top_fraction_mask(jnp.asarray(values), 0.4, block_axes=0)
             np.testing.assert_array_equal(mask, reference_mask(values, 0.4, (0,)))
+
+
+def test_counts_beyond_32_bits_add_up():
+    """Partial counts of a huge array add up exactly, carries included."""
+    partial = np.array([2**32 - 1, 2**32 - 1, 12345, 2**31, 7], np.uint32)
+    assert add_counts(partial) == sum(map(int, partial))
 
 
 # Bytes an entry, of four. Beside simulated devices, XLA for the CPU writes out partial
