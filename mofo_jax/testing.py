@@ -1,8 +1,8 @@
 """Hooks for tests and benchmarks.
 
-Context managers change how a mask is searched for, never the mask. They hold for programs
-that are traced inside them and are part of the key of JAX's caches: nothing compiled
-inside is used outside, or the other way round.
+Context managers change how a mask is searched for, never the mask. They hold for
+programs that are traced inside them and are part of the key of JAX's caches: nothing
+compiled inside is used outside, or the other way round.
 """
 
 import contextlib
