@@ -1,8 +1,8 @@
 """Hooks for tests and benchmarks.
 
-They change how a mask is searched for, never the mask. Each one is a context manager,
-holds for programs that are traced inside it, and is part of the key of JAX's caches:
-nothing compiled inside is used outside, or the other way round.
+Context managers change how a mask is searched for, never the mask. They hold for
+programs that are traced inside them and are part of the key of JAX's caches: nothing
+compiled inside is used outside, or the other way round.
 """
 
 import contextlib
@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
+from mofo_jax._selection.counting import sum_exactly
 from mofo_jax._selection.options import options
 
-__all__ = ["count_passes", "integer_limit", "search_program"]
+__all__ = ["add_counts", "count_passes", "integer_limit", "search_program"]
 
 Program = Literal["any device", "one CPU device"]
 
@@ -96,6 +98,26 @@ def count_passes() -> Iterator[Callable[[], int]]:
 
     with _with(on_pass=lambda _: ended.append(None)):
         yield taken
+
+
+def add_counts(counts: jax.typing.ArrayLike) -> int:
+    """Adds up counts as the search adds those of an array beyond 2^32 entries.
+
+    Args:
+      counts: uint32 ``[parts]``.
+
+    Returns:
+      The exact sum.
+
+    >>> from mofo_jax import testing
+    >>> import numpy as np
+    >>> testing.add_counts(np.array([2**32 - 1, 2], np.uint32)) == 2**32 + 1
+    True
+    """
+    counts = jnp.asarray(counts)[:, None]
+    total = sum_exactly(counts, (0, 1), (counts.size, 2**32 - 1))
+    high, low = (int(limb[0, 0]) for limb in total.limbs)
+    return (high << 32) + low
 
 
 def _with(**changes: Any) -> contextlib.AbstractContextManager[Any]:

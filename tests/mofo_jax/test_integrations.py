@@ -12,6 +12,8 @@ from flax.training import train_state
 
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, mofo
 
+pytestmark = pytest.mark.thorough
+
 X = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
 Y = np.tanh(X @ np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32))
 PARAMS = {

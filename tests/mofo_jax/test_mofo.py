@@ -209,6 +209,7 @@ def test_no_recompilation_at_the_second_step():
     assert len(traces) == 1
 
 
+@pytest.mark.thorough
 def test_gradient_descent_variant_converges():
     """The theory's first version: filter by gradient magnitude, no moments.
 
@@ -268,6 +269,7 @@ def test_bad_arguments(make, error, message):
         make()
 
 
+@pytest.mark.thorough
 def test_a_step_needs_no_temporaries_of_a_leafs_size():
     leaf = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
     params = {f"layer{i}": leaf for i in range(4)}

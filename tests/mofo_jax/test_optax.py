@@ -8,6 +8,8 @@ import pytest
 
 from mofo_jax import mofo
 
+pytestmark = pytest.mark.thorough
+
 KWARGS = {
     "default": {"learning_rate": 1e-2},
     "more": {"learning_rate": 1e-2, "alpha": 0.4},

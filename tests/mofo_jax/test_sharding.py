@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.inspection import collectives
 from mofo_jax import filter_by_momentum, mofo, top_fraction_mask
 
+pytestmark = pytest.mark.thorough
+
 SPECS = [P("x"), P(None, "x"), P("y", "x"), P(None, ("x", "y"))]
 
 

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mofo_jax import top_fraction_mask
 from tests.processes import run_pair
+
+pytestmark = pytest.mark.thorough
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
 

@@ -12,6 +12,8 @@ from scipy.optimize import minimize
 
 from mofo_jax.continual import project_gradient
 
+pytestmark = pytest.mark.thorough
+
 PROJECT = jax.jit(project_gradient, static_argnames="margin")
 
 
