@@ -144,7 +144,7 @@ def test_a_write_that_fails(tmp_path):
     """The system refuses the bytes; the checkpoint before is intact and named."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
-        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     message, where = json.loads(result.stdout.splitlines()[-1])
     assert message.startswith(f"{tmp_path}: a checkpoint cannot be written: ")
