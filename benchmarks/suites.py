@@ -137,6 +137,7 @@ class Inputs:
             "save_every": self.steps,
             "keep": 1,
             "samples": 0,
+            "report": False,
             "mesh": "fsdp=1",
             "seed": seed,
             "output": output,

@@ -4,6 +4,7 @@ As in the appendix of PaLM (arXiv 2204.02311): the operations that the model nee
 whatever is computed again to save memory, over those that the device could do.
 """
 
+import functools
 import time
 
 import jax
@@ -45,6 +46,7 @@ def training_flops(config: LlamaConfig, length: int, *, lora: bool = False) -> f
     return 2.0 * passes * weights + 3 * 2 * config.num_hidden_layers * attention
 
 
+@functools.cache
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
     """Operations per second that `device` can do, and where that number is from.
 

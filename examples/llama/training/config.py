@@ -150,6 +150,8 @@ class Config:
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2
     """How many checkpoints stay."""
+    report: bool = True
+    """Write report.html and losses.png at the end."""
     samples: int = 3
     """Answers that the report shows, before and after."""
     export_dtype: DTypeName | None = None

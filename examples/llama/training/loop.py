@@ -90,7 +90,9 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
         label = MEASURES[name].label
         say(f"{label:54}{value:10.4f}{result['after'][name]:10.4f}")
     say(f"{rate:,.0f} tokens/s, MFU {mfu:.1%}")
-    say(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
+    say(f"model: {output / 'model'}")
+    if config.report:
+        say(f"report: {output / 'report.html'}")
     return result
 
 

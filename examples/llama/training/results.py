@@ -119,7 +119,8 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
         dtype=config.export_dtype or config.param_dtype,
         source=config.model if config.model.is_dir() else None,
     )
-    per_tensor = run.measures.per_tensor(state.params)
+    # All processes take part in the reductions of this, though one alone writes.
+    per_tensor = run.measures.per_tensor(state.params) if config.report else {}
     metrics = read_metrics(output / "metrics.jsonl")
     evaluations = [
         {name: line[name] for name in MEASURES if name in line}
@@ -130,19 +131,20 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
     if jax.process_index() > 0:
         return result
     save_tokenizer(run.tokenizer, output / "model")
-    samples = json.loads((output / "samples.json").read_text())
-    for line, later in zip(samples, sample(run, state.params), strict=True):
-        line["before"], line["after"] = line.pop("answer"), later["answer"]
-    plot_losses(metrics, output / "losses.png")
-    write_report(
-        output / "report.html",
-        title=f"{config.method} on {', '.join(run.datasets.names)}",
-        config=settings(config) | describe(run),
-        metrics=metrics,
-        before=result["before"],
-        after=result["after"] | speed,
-        per_tensor=per_tensor,
-        samples=samples,
-    )
+    if config.report:
+        samples = json.loads((output / "samples.json").read_text())
+        for line, later in zip(samples, sample(run, state.params), strict=True):
+            line["before"], line["after"] = line.pop("answer"), later["answer"]
+        plot_losses(metrics, output / "losses.png")
+        write_report(
+            output / "report.html",
+            title=f"{config.method} on {', '.join(run.datasets.names)}",
+            config=settings(config) | describe(run),
+            metrics=metrics,
+            before=result["before"],
+            after=result["after"] | speed,
+            per_tensor=per_tensor,
+            samples=samples,
+        )
     write_json(output / "result.json", result)
     return result

@@ -38,6 +38,7 @@ SETTINGS = {
     "eval_every": 6,
     "save_every": 100,
     "samples": 0,
+    "report": False,
     "mesh": "fsdp=1",
 }
 

@@ -42,7 +42,7 @@ def world(tmp_path_factory):
 
 FLAGS = [
     "--learning-rate=2e-2", "--batch-size=8", "--max-length=48", "--samples=0",
-    "--mesh=fsdp=1", "--method=adamw", "--save-every=4", "--eval-every=50",
+    "--mesh=fsdp=1", "--method=adamw", "--eval-every=50", "--no-report",
 ]  # fmt: skip
 
 
@@ -186,7 +186,8 @@ def test_real_tasks(data_dir, tmp_path):
 def test_goes_on_after_a_kill(world, plain, tmp_path, inside):
     """Inside of the second task, and between the tasks."""
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "examples.llama.continual", *flags_of(world)]
+    flags = [*flags_of(world), "--save-every=4"]
+    command = [sys.executable, "-m", "examples.llama.continual", *flags]
     for task in args_of(world, output).tasks:
         command += ["--tasks", str(task)] if "--tasks" not in command else [str(task)]
     command += [f"--output={output}", "--task-epochs=20", "--max-new-tokens=4"]

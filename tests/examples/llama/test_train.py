@@ -34,6 +34,8 @@ from tests.examples.llama.runs import (
     tensors_of,
 )
 
+SHOWN = {"samples": 2, "report": True}
+
 
 def losses_by_hand(model, dataset):
     """Losses of the counted tokens in float64, [count], from the model's logits."""
@@ -51,7 +53,7 @@ def numbers(result):
 
 def test_learns_and_mofo_moves_less(run):
     _, adamw = run("adamw", method="adamw")
-    _, mofo = run("mofo", samples=2)
+    _, mofo = run("mofo", **SHOWN)
     assert adamw["before"] == mofo["before"]
     assert adamw["before"]["distance"] == adamw["before"]["kl"] == 0
     for result in (adamw, mofo):
@@ -63,7 +65,7 @@ def test_learns_and_mofo_moves_less(run):
 
 
 def test_numbers_by_hand(files, run):
-    output, result = run("mofo", samples=2)
+    output, result = run("mofo", **SHOWN)
     tokenizer = load_tokenizer(files["model"])
     held_out = load_dataset(files["eval_data"], tokenizer, 48)
     retained = load_text(files["retain_data"], tokenizer, 48)
@@ -99,7 +101,7 @@ def test_numbers_by_hand(files, run):
 def test_rerun_is_identical_and_writes_nothing_elsewhere(
     files, run, tmp_path, monkeypatch, capsys
 ):
-    output, result = run("mofo", samples=2)
+    output, result = run("mofo", **SHOWN)
     capsys.readouterr()
     inputs, before = files["model"].parent, files_below(files["model"].parent)
     monkeypatch.chdir(tmp_path)
@@ -122,7 +124,7 @@ def test_seed(run):
 
 
 def test_metrics(run):
-    output, result = run("mofo", samples=2)
+    output, result = run("mofo", **SHOWN)
     lines = metrics_of(output)
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
@@ -141,7 +143,7 @@ def test_metrics(run):
 def test_tensorboard(run):
     from tensorboardX.proto.event_pb2 import Event
 
-    output, _ = run("mofo", samples=2)
+    output, _ = run("mofo", **SHOWN)
     (path,) = (output / "tensorboard").iterdir()
     found, raw = [], path.read_bytes()
     while raw:  # length, its checksum, the event, its checksum
@@ -157,7 +159,7 @@ def test_tensorboard(run):
 
 
 def test_what_a_run_leaves(files, run):
-    output, result = run("mofo", samples=2)
+    output, result = run("mofo", **SHOWN)
     assert {path.name for path in output.iterdir()} == {
         "checkpoints", "config.json", "losses.png", "metrics.jsonl", "model",
         "report.html", "result.json", "run.json", "samples.json", "tensorboard",
@@ -188,7 +190,7 @@ def test_what_a_run_leaves(files, run):
 
 def test_sample_answers(files, run):
     """The report's answers are what the exported model says."""
-    output, _ = run("mofo", samples=2)
+    output, _ = run("mofo", **SHOWN)
     report = (output / "report.html").read_text()
     model = load_model(output / "model")
     tokenizer = load_tokenizer(output / "model")
@@ -247,7 +249,9 @@ def test_many_options_together(files, run):
 def test_without_anything_to_compare_with(files, run):
     output, result = run("bare", reference=False, eval_data=None, steps=4)
     assert result["before"].keys() == {"retain_loss"}
-    output, result = run("barest", eval_data=None, retain_data=None, steps=2, samples=1)
+    output, result = run(
+        "barest", eval_data=None, retain_data=None, steps=2, samples=1, report=True
+    )
     assert result["before"] == {"distance": 0, "touched": 0}
     assert (output / "report.html").exists()
 
@@ -310,12 +314,12 @@ def contents(directory):
 
 
 def test_a_finished_run_is_left_alone(files, run):
-    output, _ = run("mofo", samples=2)
+    output, _ = run("mofo", **SHOWN)
     before = contents(output)
     with pytest.raises(ValueError, match="holds this run already, and it is finished"):
-        train(config_of(files, output, samples=2))
+        train(config_of(files, output, **SHOWN))
     with pytest.raises(ValueError, match=r"holds a run with alpha 0\.1, not 0\.2"):
-        train(config_of(files, output, samples=2, alpha=0.2))
+        train(config_of(files, output, **SHOWN, alpha=0.2))
     assert contents(output) == before
 
 
