@@ -29,7 +29,7 @@ def answer(
       model: The model.
       tokenizer: Its tokenizer.
       records: Conversations that end in an answer.
-      template: As of `data.load_dataset`.
+      template: See `text.rows.load_dataset`.
       max_length: Of longer questions only the last tokens are read, so many.
       max_new_tokens: The longest answer.
 
