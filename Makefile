@@ -22,10 +22,10 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"
 
-# The library, without what is marked thorough. XLA optimizes less, to compile faster.
+# The library in less than a minute, without what is marked thorough.
 test-fast: $(VENV)/installed
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not thorough" \
-		tests/mofo_jax mofo_jax
+	$(BIN)/python -m pytest -n auto --dist worksteal \
+		-m "not slow and not thorough" tests/mofo_jax mofo_jax
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

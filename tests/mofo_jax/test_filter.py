@@ -48,7 +48,6 @@ def run(optimizer, steps=3, params=None):
         yield updates, gradients, state
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", WITH_MOMENTUM)
 def test_filters_every_optimizer_with_momentum(name):
     inner, field = WITH_MOMENTUM[name]
@@ -108,7 +107,6 @@ def test_scores(score):
             np.testing.assert_array_equal(updates[leaf], jnp.where(mask, full[leaf], 0))
 
 
-@pytest.mark.thorough
 def test_random_score():
     def moved(seed):
         optimizer = filter_by_momentum(optax.sgd(1.0), 0.25, score="random", seed=seed)
@@ -304,7 +302,6 @@ def filtered_names(params):
     }
 
 
-@pytest.mark.thorough
 def test_containers_of_axes_and_masks():
     """Lists and named tuples are pytrees, and a callable module is no function."""
     params = [jnp.ones((3, 4)), jnp.ones((3, 4))]

@@ -269,7 +269,6 @@ def test_bad_arguments(make, error, message):
         make()
 
 
-@pytest.mark.thorough
 def test_a_step_needs_no_temporaries_of_a_leafs_size():
     leaf = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
     params = {f"layer{i}": leaf for i in range(4)}

@@ -11,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.inspection import collectives
 from mofo_jax import filter_by_momentum, mofo, top_fraction_mask
 
-pytestmark = pytest.mark.thorough
-
 SPECS = [P("x"), P(None, "x"), P("y", "x"), P(None, ("x", "y"))]
 
 
@@ -159,6 +157,7 @@ def test_init_with_abstract_input(name):
     assert OPTIMIZERS[name].init(params) is not None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_sharding_type(name, explicit_params):
     optimizer, params = OPTIMIZERS[name], explicit_params

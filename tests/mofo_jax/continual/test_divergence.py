@@ -35,6 +35,7 @@ pairs = shapes.flatmap(
 )
 
 
+@pytest.mark.thorough
 @hypothesis.given(pairs)
 def test_equals_relative_entropy(logits):
     model, reference = logits
