@@ -1,6 +1,6 @@
 """Passes for a single CPU device, which needs fewer of them and runs them faster.
 
-A pass reads memory from several places at once. A second probe costs nothing there, and a
+A pass reads memory from several places at once. A second probe costs nothing there; a
 third would. Once a bracket holds few candidates, a pass gathers their magnitudes
 instead of counting, and the search ends among them.
 """
