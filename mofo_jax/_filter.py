@@ -78,10 +78,17 @@ def filter_by_momentum(
         step (from 0), or a scalar array, traced too.
       score: What ranks the entries, always by magnitude. ``"momentum"``, the first
         moment after this step (MoFO); ``"gradient"``, the incoming gradient;
-        ``"update"``, inner's update (for Adam the paper's MV); ``"random"``, a fresh
-        draw per entry and step (exactly k of them, where the paper draws each entry
-        on its own); or a function ``score(gradients, updates, inner_state, params)``
-        that returns a pytree of real or complex arrays shaped like the updates.
+        ``"update"``, inner's update (for Adam the paper's MV); ``"gain"``, the
+        decrease of the loss, to first order, that the update brings, :math:`\max(0,
+        -g_t \odot u_t)`; ``"random"``, a fresh draw per entry and step (exactly k of
+        them, where the paper draws each entry on its own); or a function
+        ``score(gradients, updates, inner_state, params)`` that returns a pytree of
+        real or complex arrays shaped like the updates. With ``"gain"`` an entry that
+        would climb never moves. So fewer than k may move, and even a scalar may stay;
+        at alpha = 1 all entries that descend move. Gains are computed as they are
+        read, in float32 at least, and never stored; the updates are, until they are
+        selected. Gains below the smallest normal number, 1e-38 for float32, count as
+        none.
       filter_mask: Which leaves are filtered, the others getting inner's whole update:
         a pytree of bools like the parameters, a prefix of it, or a function of the
         parameters that returns one, such as
@@ -129,7 +136,7 @@ def filter_by_momentum(
         block_axes=block_axes,
         seed=seed,
         method=method,
-        unselected=-0.0,
+        subtracted=False,
     )
 
 
@@ -139,16 +146,17 @@ def momentum_filter(
     *,
     filter_mask: FilterMask,
     block_axes: BlockAxesTree,
-    unselected: float,
+    subtracted: bool,
     score: Score = "momentum",
     seed: jax.typing.ArrayLike = 0,
     method: Method = "search",
 ) -> optax.GradientTransformationExtraArgs:
-    """:func:`filter_by_momentum` with a choice of the zero that marks no update.
+    """:func:`filter_by_momentum`, also of updates that are subtracted afterwards.
 
-    Added to a parameter of -0.0, only ``unselected=-0.0`` gives it back; what goes
+    Added to a parameter of -0.0, only an update of -0.0 gives it back. What goes
     through a negative learning rate afterwards has to start from 0.0 for that.
     """
+    unselected = 0.0 if subtracted else -0.0
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be a gradient transformation, got {inner!r}")
     if not callable(alpha):
@@ -192,7 +200,9 @@ def momentum_filter(
         axes = resolve_block_axes(updates, block_axes)
         leaves, treedef = jax.tree.flatten(updates)
         found = gradients, updates, inner_state, params
-        scores = scores_of(score, filtered, *found, seed=seed, step=step)
+        scores = scores_of(
+            score, filtered, *found, seed=seed, step=step, subtracted=subtracted
+        )
         masks, threshold = select_masks(
             _where(filtered, scores),
             fraction,

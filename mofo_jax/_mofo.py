@@ -11,6 +11,7 @@ import optax
 from mofo_jax._checks import Alpha, check_number, is_rankable
 from mofo_jax._filter import momentum_filter
 from mofo_jax._leaves import BlockAxesTree, FilterMask, cast_like
+from mofo_jax._scoring import Score
 
 
 def scale_by_mofo(
@@ -21,6 +22,7 @@ def scale_by_mofo(
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
+    score: Score = "momentum",
     nesterov: bool = False,
     filter_mask: FilterMask = None,
     block_axes: BlockAxesTree = None,
@@ -38,6 +40,9 @@ def scale_by_mofo(
       eps: Added to the denominator outside of the root.
       eps_root: Added inside the root.
       mu_dtype: Floating dtype of the first moment; None takes the parameters'.
+      score: What ranks the entries, see :func:`mofo_jax.filter_by_momentum`. The
+        published algorithm ranks by ``"momentum"``; ``"gain"`` ranks by the decrease of
+        the loss that a step in Adam's direction brings, to first order.
       nesterov: Whether to use Nesterov momentum.
       filter_mask: Which leaves are filtered, see :func:`mofo_jax.filter_by_momentum`.
       block_axes: How leaves are split into blocks, see there.
@@ -58,7 +63,7 @@ def scale_by_mofo(
     Array([ 0., -1.,  0., -1.], dtype=float32)
     """
     adam = _scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
-    return _filter_before_sign_flip(adam, alpha, filter_mask, block_axes)
+    return _filter_before_sign_flip(adam, alpha, score, filter_mask, block_axes)
 
 
 def mofo(
@@ -72,6 +77,7 @@ def mofo(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
+    score: Score = "momentum",
     nesterov: bool = False,
     filter_mask: FilterMask = None,
     block_axes: BlockAxesTree = None,
@@ -120,6 +126,9 @@ def mofo(
       weight_decay: Decoupled decay as in :func:`optax.adamw`. As in the released
         code it is dense: it moves *every* entry, also those that the filter holds.
       mask: Which leaves decay, as in :func:`optax.adamw`.
+      score: What ranks the entries, see :func:`mofo_jax.filter_by_momentum`. The
+        published algorithm ranks by ``"momentum"``; ``"gain"`` ranks by the decrease of
+        the loss that a step in Adam's direction brings, to first order.
       nesterov: Whether to use Nesterov momentum.
       filter_mask: Which leaves are filtered, see :func:`mofo_jax.filter_by_momentum`.
       block_axes: How leaves are split into blocks, see there.
@@ -160,7 +169,7 @@ def mofo(
     adam = _scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
     if decay_selected_only:
         adam, decay = optax.chain(adam, decay), optax.identity()
-    filtered = _filter_before_sign_flip(adam, alpha, filter_mask, block_axes)
+    filtered = _filter_before_sign_flip(adam, alpha, score, filter_mask, block_axes)
     if learning_rate is None and not decays:
         return filtered
     return optax.chain(
@@ -197,13 +206,17 @@ def _scale_by_adam(
 def _filter_before_sign_flip(
     inner: optax.GradientTransformation,
     alpha: Alpha,
+    score: Score,
     filter_mask: FilterMask,
     block_axes: BlockAxesTree,
 ) -> optax.GradientTransformationExtraArgs:
-    # The learning rate's sign, applied later, makes this the negative zero that
-    # leaves every parameter as it is.
     return momentum_filter(
-        inner, alpha, filter_mask=filter_mask, block_axes=block_axes, unselected=0.0
+        inner,
+        alpha,
+        score=score,
+        filter_mask=filter_mask,
+        block_axes=block_axes,
+        subtracted=True,
     )
 
 

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 
 from mofo_jax._checks import is_rankable
 from mofo_jax._leaves import check_same_shapes, first_moments, leaf_names
+from mofo_jax._selection.gains import gain_of
 
 Score = str | Callable[[Any, Any, Any, Any], Any]
 
-SCORES = ("momentum", "gradient", "update", "random")
+SCORES = ("momentum", "gradient", "update", "gain", "random")
 
 
 def check_score(score: Any, seed: Any) -> None:
-    """Raises unless the arguments of :func:`filter_by_momentum` are such."""
+    """Checks the score and the seed of :func:`filter_by_momentum`."""
     if not callable(score) and score not in SCORES:
         allowed = ", ".join(f'"{s}"' for s in SCORES)
         raise ValueError(f"score must be one of {allowed} or a function, got {score!r}")
@@ -34,8 +35,11 @@ def scores_of(
     *,
     seed: jax.typing.ArrayLike,
     step: jax.Array,
+    subtracted: bool,
 ) -> list[Any]:
     """A score for each leaf; one that is not filtered may lack it.
+
+    ``subtracted`` says that updates will be subtracted from the parameters.
 
     Raises:
       ValueError: The inner state has no first moment, or a function returned something
@@ -47,6 +51,9 @@ def scores_of(
         return jax.tree.leaves(gradients)
     if score == "update":
         return jax.tree.leaves(updates)
+    if score == "gain":
+        pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(updates), strict=True)
+        return [gain_of(g, u, 1 if subtracted else -1) for g, u in pairs]
     if score == "random":
         return _random_scores(jax.tree.leaves(updates), filtered, seed, step)
     assert callable(score)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mofo_jax._selection.counting import Integers
+from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.ranking import Axes, block_count, mark
 
 # How many arrays of one kind make a group. All of it is read until its last block is
@@ -35,7 +36,7 @@ class Columns(NamedTuple):
     members: list[list[int]]
 
 
-def columns(arrays: list[jax.Array], block_axes: list[Axes]) -> Columns:
+def columns(arrays: list[Rankable], block_axes: list[Axes]) -> Columns:
     """Groups of neighbouring arrays of one kind.
 
     Their sizes are powers of two, as each size of a kind has kernels of its own.
@@ -58,7 +59,7 @@ def slices(table: jax.Array, widths: list[int]) -> list[jax.Array]:
 
 
 def marks_of(
-    xs: list[jax.Array], indices: list[Integers], thresholds: jax.Array, axes: Axes
+    xs: list[Rankable], indices: list[Integers], thresholds: jax.Array, axes: Axes
 ) -> list[jax.Array]:
     """Marks what reaches the thresholds ``[rows, probes, blocks]`` of a group.
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from mofo_jax._selection.counting import Integers, count, limbs_for, sum_exactly
+from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.groups import slices
 from mofo_jax._selection.ranking import Axes, order_bits
 
@@ -26,7 +27,7 @@ _GROUP = 32
 _SLICES = 32
 
 
-def rows_of_blocks(x: jax.Array, block_axes: Axes) -> jax.Array:
+def rows_of_blocks(x: Rankable, block_axes: Axes) -> Rankable:
     """x with each block as rows, for threads to share, of a length for vector units.
 
     Without a copy; x itself where that cannot be, or a block needs two digits.
@@ -38,13 +39,16 @@ def rows_of_blocks(x: jax.Array, block_axes: Axes) -> jax.Array:
     rows = math.gcd(n, 1024)
     while rows > 1 and n // rows < 512:
         rows //= 2
-    return x.reshape(*x.shape[:lead], rows, n // rows)
+    shape = (*x.shape[:lead], rows, n // rows)
+    view: Rankable = jax.tree.map(lambda part: part.reshape(shape), x)
+    return view
 
 
-def stacked(xs: list[jax.Array]) -> list[jax.Array]:
+def stacked(xs: list[Rankable]) -> list[Rankable]:
     """Few arrays of several each: what XLA fuses with their reduction is not a copy."""
     size = max(1, len(xs) // _STREAMS)
-    return [jnp.stack(xs[i : i + size]) for i in range(0, len(xs), size)]
+    parts = (xs[i : i + size] for i in range(0, len(xs), size))
+    return [jax.tree.map(lambda *part: jnp.stack(part), *some) for some in parts]
 
 
 def split(table: jax.Array, widths: list[int]) -> list[jax.Array]:
@@ -136,7 +140,7 @@ def gather_limit(shape: tuple[int, ...], axes: Axes) -> int:
 
 
 def gather(
-    arrays: list[jax.Array],
+    arrays: list[Rankable],
     low: jax.Array,
     high: jax.Array,
     need: jax.Array,
@@ -192,7 +196,7 @@ def gather(
     return Gathered(value, seen, reached, exceeded)
 
 
-def _nearest(x: jax.Array, top: jax.Array) -> jax.Array:
+def _nearest(x: Rankable, top: jax.Array) -> jax.Array:
     """How far below the top is the nearest of each group: ``[blocks, groups, c]``.
 
     In unsigned integers, so that what is above the top is the farthest from it.

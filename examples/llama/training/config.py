@@ -13,7 +13,10 @@ from examples.llama.training.flags import parse_interpolation, parse_penalties
 
 _Many = tyro.conf.UseAppendAction
 
-METHODS = ("adamw", "mofo", "lion", "mofo-lion", "gradient", "mv", "random", "hft")
+METHODS = (
+    *("adamw", "mofo", "lion", "mofo-lion"),
+    *("gain", "gradient", "mv", "random", "hft"),
+)
 SELF = "self"  # the name of what the pretrained model writes, among replayed files
 
 
@@ -55,12 +58,12 @@ class Config:
 
     # Optimizer
     # A plain str, so that `check` names an unknown method in one line.
-    method: Annotated[
-        str, tyro.conf.arg(metavar="{adamw,mofo,lion,mofo-lion,gradient,mv,random,hft}")
-    ] = "mofo"
-    """The optimizer. mofo-lion is the momentum filter over Lion; gradient, mv and
-    random select by other scores than mofo, with the same Adam; hft is Adam on half of
-    the matrices, drawn by the seed."""
+    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = (
+        "mofo"
+    )
+    """The optimizer. mofo-lion is the momentum filter over Lion; gain, gradient, mv
+    and random select by other scores than mofo, with the same Adam; hft is Adam on half
+    of the matrices, drawn by the seed."""
     alpha: float = 0.1
     """The fraction of each parameter that moves in a step, above 0 and up to 1."""
     learning_rate: float = 2e-5

@@ -13,8 +13,8 @@ from mofo_jax.continual import add_distance_penalty, half_fine_tuning_mask
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
-# The paper's other rules of selection, with the same Adam.
-SCORES = {"gradient": "gradient", "mv": "update", "random": "random"}
+# What the methods select by, with the same Adam.
+SCORES = {"mofo": "momentum", "gain": "gain", "gradient": "gradient", "mv": "update"}
 
 
 def make_schedule(config: Config, steps: int) -> Schedule:
@@ -72,14 +72,14 @@ def _direction(config: Config) -> optax.GradientTransformation:
     }
     adam = optax.scale_by_adam(**constants)
     common: dict[str, Any] = {"filter_mask": all_but_norms_and_biases}
-    if config.method == "mofo":
-        return scale_by_mofo(config.alpha, **constants, **common)
-    if config.method == "mofo-lion":
-        return filter_by_momentum(lion, config.alpha, **common)
     if config.method in SCORES:
         score = SCORES[config.method]
-        common["seed"] = config.seed
-        return filter_by_momentum(adam, config.alpha, score=score, **common)
+        return scale_by_mofo(config.alpha, **constants, score=score, **common)
+    if config.method == "random":
+        common |= {"score": "random", "seed": config.seed}
+        return filter_by_momentum(adam, config.alpha, **common)
+    if config.method == "mofo-lion":
+        return filter_by_momentum(lion, config.alpha, **common)
     return lion if config.method == "lion" else adam
 
 

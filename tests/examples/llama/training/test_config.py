@@ -129,8 +129,8 @@ def test_help(capsys):
 BAD = [
     (
         {"method": "sgd"},
-        "method must be one of adamw, mofo, lion, mofo-lion, gradient, mv, random, "
-        "hft; got 'sgd'",
+        "method must be one of adamw, mofo, lion, mofo-lion, gain, gradient, mv, "
+        "random, hft; got 'sgd'",
     ),
     ({"regularize": ("l3:1",)}, "KIND:X, each kind once, among l1, l2, l1-decoupled"),
     ({"regularize": ("l2:1", "l2:2")}, "each kind once"),

@@ -92,6 +92,18 @@ def test_moments_dtype(method):
         assert updates["proj"].dtype == jnp.float32
 
 
+def test_gain():
+    """Momentum says down for entry 0, the gradient says up: it stays, though large."""
+    update, init = make(method="gain", alpha=0.25, schedule="constant")
+    params = {"proj": jnp.ones(8), "norm": jnp.ones(8)}
+    first = {"proj": jnp.array([9.0, 8, 1, 1, 1, 1, 1, 1]), "norm": jnp.ones(8)}
+    second = {"proj": jnp.array([-3.0, 2, 1, 1, 1, 1, 1, 5]), "norm": jnp.ones(8)}
+    _, state = update(first, init(params), params)
+    updates, _ = update(second, state, params)
+    assert np.flatnonzero(updates["proj"]).tolist() == [1, 7]
+    assert (updates["proj"][np.array([1, 7])] < 0).all()
+
+
 @pytest.mark.parametrize("method", ["gradient", "mv", "random"])
 def test_other_selections(method):
     """The same Adam, for a quarter of the entries, norms whole."""
