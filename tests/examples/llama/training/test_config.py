@@ -69,6 +69,9 @@ def test_file(tmp_path):
     path.write_text('{"alpha": 0.25}')
     both = parsed("--preset=tinyllama-trace", *REQUIRED[:3], f"--config={path}")
     assert both.alpha == 0.25 and both.batch_size == 128
+    path.write_text('{"epochs": null, "steps": 7}')
+    steps = parsed("--preset=tinyllama-trace", *REQUIRED[:3], f"--config={path}")
+    assert (steps.epochs, steps.steps) == (None, 7)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,10 @@ def test_file(tmp_path):
         ("[1]", "list; expected a JSON object"),
         ("{", "expected a JSON object"),
         ('{"colour": 1}', "unknown setting 'colour'; allowed: preset, config, model"),
+        ('{"steps": "many"}', "steps: Expected `int | null`, got `str`, 'many'"),
+        ('{"data": "file"}', "data: Expected `array`, got `str`, 'file'"),
+        ('{"model": 3}', "model: Expected `str`, got `int`, 3"),
+        ('{"dtype": "float8"}', "dtype: Invalid enum value 'float8'"),
     ],
 )
 def test_bad_file(tmp_path, text, message):
