@@ -49,8 +49,8 @@ def fisher_diagonal(
       examples: One or more, taken one at a time, so an iterator that makes each when it
         is asked for will do.
       factored: Whether leaves of two or more axes are stored as a
-        :class:`FactoredFisher`. For a matrix [n, m] that is n + m numbers, and its n x m
-        sums are never stored. Other leaves stay dense.
+        :class:`FactoredFisher`. For a matrix [n, m] that is n + m numbers; the dense
+        sums are never stored. Leaves of fewer axes stay dense.
 
     Returns:
       Pytree like the parameters, float32 (or wider where gradients are), 0 or above;
@@ -92,7 +92,8 @@ def match_fisher(fisher: Any, other: str, like: Any) -> Any:
     Raises:
       ValueError: fisher has another structure, or a leaf another shape.
     """
-    leaves, treedef = jax.tree.flatten(like, is_leaf=_is_masked)
+    leaves = jax.tree.leaves(like, is_leaf=_is_masked)
+    treedef: Any = jax.tree.structure(like, is_leaf=_is_masked)
     try:
         parts = treedef.flatten_up_to(fisher)
     except (ValueError, TypeError):
@@ -104,7 +105,7 @@ def match_fisher(fisher: Any, other: str, like: Any) -> Any:
         jax.ShapeDtypeStruct(_shape(leaf, name), jnp.float32)
         for leaf, name in zip(fisher_leaves(fisher), _names(fisher), strict=True)
     ]
-    structure = jax.tree.structure(fisher, is_leaf=_is_factored)
+    structure: Any = jax.tree.structure(fisher, is_leaf=_is_factored)
     check_same_shapes("fisher", structure.unflatten(shapes), other, like)
     return fisher
 
@@ -115,7 +116,7 @@ def fisher_leaves(fisher: Any) -> list[Any]:
 
 
 def dense_fisher(leaf: Any) -> jax.Array:
-    """A leaf as an array, at least float32; compiled, factors are fused into its use."""
+    """A leaf as an array, at least float32. A jitted use of it fuses the factors."""
     if not _is_factored(leaf):
         return at_least_float32(jnp.asarray(leaf))
     rows, columns = (at_least_float32(jnp.asarray(x)) for x in leaf)

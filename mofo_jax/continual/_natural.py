@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from mofo_jax._checks import at_least_float32, check_number
 from mofo_jax.continual._fisher import (
@@ -82,13 +83,13 @@ def scale_by_fisher(
       damping: Added to the relative Fisher information, above 0. It limits how much
         more the entries that matter least move.
       power: Power of the relative Fisher information, 0 or above. 0 only normalizes.
-      clip: Largest magnitude of an entry's update, above 0; infinity for none.
+      clip: Largest magnitude of an entry's update, above 0; infinity for no limit.
       decay: Decay of the running mean square, in [0, 1). 0 normalizes each step by
         itself.
 
     Returns:
       A transformation with a :class:`ScaleByFisherState`. The updates keep their
-      dtypes; arithmetic is in float32 or wider.
+      dtypes. Arithmetic is in float32 or wider, with one copy of the updates.
 
     Raises:
       ValueError: A number outside its range; at update: no fisher, or one of another
@@ -99,9 +100,9 @@ def scale_by_fisher(
     >>> from mofo_jax.continual import scale_by_fisher
     >>> fisher = jnp.array([0.0, 2.0])  # relative to the mean 0 and 2
     >>> scale = scale_by_fisher(fisher, damping=1.0)
-    >>> params, updates = jnp.zeros(2), jnp.array([7.0, 3.0])
-    >>> scale.update(updates, scale.init(params))[0].round(3)  # 7/1 and 3/3, over 5
-    Array([1.4, 0.2], dtype=float32)
+    >>> params, updates = jnp.zeros(2), jnp.array([1.0, 3.0])
+    >>> scale.update(updates, scale.init(params))[0].round(3)  # 1/1 and 3/3
+    Array([1., 1.], dtype=float32)
 
     Under a filter, with the Fisher information as an extra argument:
 
@@ -126,6 +127,21 @@ def scale_by_fisher(
     clip = _number("clip", clip, "a number above 0", lambda x: x > 0)
     decay = _number("decay", decay, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
+    def scale(update: jax.Array, weight: Any, mean: jax.Array) -> jax.Array:
+        update = at_least_float32(update)
+        dtype = update.real.dtype
+        relative = dense_fisher(weight).astype(dtype) / mean.astype(dtype)
+        denominator = relative ** jnp.asarray(power, dtype)
+        denominator += jnp.asarray(damping, dtype)
+        return update / denominator.astype(update.dtype)
+
+    def normalize(x: jax.Array, rms: jax.Array) -> jax.Array:
+        x = x / rms.astype(x.dtype)
+        limit = jnp.asarray(clip, x.real.dtype)
+        if not jnp.iscomplexobj(x):
+            return jnp.clip(x, -limit, limit)
+        return x / jnp.maximum(jnp.abs(x) / limit, 1.0).astype(x.dtype)
+
     def init_fn(params: Any) -> ScaleByFisherState:
         del params
         zero = jnp.zeros([], jnp.float32)
@@ -143,46 +159,32 @@ def scale_by_fisher(
             )
         held = match_fisher(held, "the updates", updates)
         mean = mean_fisher(held)
-        leaves, treedef = jax.tree.flatten(updates)
-        leaves = [jnp.asarray(leaf) for leaf in leaves]
-        weights = fisher_leaves(held)
-
-        def scale(update: jax.Array, weight: Any) -> jax.Array:
-            update = at_least_float32(update)
-            dtype = update.real.dtype
-            relative = dense_fisher(weight).astype(dtype) / mean.astype(dtype)
-            relative = relative ** jnp.asarray(power, dtype)
-            return update / (relative + jnp.asarray(damping, dtype)).astype(
-                update.dtype
-            )
-
-        scaled = [scale(*pair) for pair in zip(leaves, weights, strict=True)]
-        total = max(1, sum(x.size for x in leaves))
-        squares = [jnp.sum(abs_square(x)).astype(jnp.float32) / total for x in scaled]
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates)]
+        pairs = zip(leaves, fisher_leaves(held), strict=True)
+        # Behind the barrier, as XLA would otherwise keep their squares, or what they
+        # are computed from, for all leaves at once.
+        scaled = [lax.optimization_barrier(scale(*pair, mean)) for pair in pairs]
         steps = optax.safe_increment(state.steps)
         d = jnp.asarray(decay, jnp.float32)
-        mean_square = d * state.mean_square
-        mean_square += (1 - d) * sum(squares, jnp.zeros([], jnp.float32))
+        mean_square = d * state.mean_square + (1 - d) * _mean_square(scaled)
         corrected = mean_square / (1 - d ** steps.astype(jnp.float32))
         # 0 as long as all updates were.
         rms = jnp.where(corrected == 0, 1.0, jnp.sqrt(corrected))
-
-        def normalize(x: jax.Array) -> jax.Array:
-            x = x / rms.astype(x.dtype)
-            limit = jnp.asarray(clip, x.real.dtype)
-            if not jnp.iscomplexobj(x):
-                return jnp.clip(x, -limit, limit)
-            return x * jnp.minimum(1, limit / jnp.maximum(jnp.abs(x), limit)).astype(
-                x.dtype
-            )
-
         results = [
-            normalize(x).astype(leaf.dtype)
+            normalize(x, rms).astype(leaf.dtype)
             for x, leaf in zip(scaled, leaves, strict=True)
         ]
-        return treedef.unflatten(results), ScaleByFisherState(steps, mean_square)
+        updates = jax.tree.unflatten(jax.tree.structure(updates), results)
+        return updates, ScaleByFisherState(steps, mean_square)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _mean_square(leaves: list[jax.Array]) -> jax.Array:
+    """Of all entries together, float32."""
+    size = max(1, sum(x.size for x in leaves))
+    squares = [jnp.sum(abs_square(x)).astype(jnp.float32) for x in leaves]
+    return sum(squares, jnp.zeros([], jnp.float32)) / size
 
 
 def _number(
