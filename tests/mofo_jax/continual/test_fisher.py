@@ -118,13 +118,15 @@ def test_factors_stay_sharded(axis_type):
             assert factor.sharding.is_equivalent_to(spec, 1)
 
 
-def test_factors_never_hold_the_dense_sums():
-    """What is held between examples is a row and a column; from its shapes alone."""
+def test_factored_pass_holds_no_more_than_a_gradient():
+    """Of three examples; what goes from one to the next is a row and a column."""
     params = jax.ShapeDtypeStruct((512, 256), jnp.float32)
-    estimate = lambda p, x: fisher_diagonal(
-        lambda p, x: p * x, p, [x, x, x], factored=True
-    )
     example = jax.ShapeDtypeStruct((), jnp.float32)
-    program = jax.jit(estimate).lower(params, example).compile()
-    analysis = program.memory_analysis()
-    assert analysis.output_size_in_bytes < 2 * 4 * (512 + 256)
+
+    @jax.jit
+    def estimate(p, x):
+        return fisher_diagonal(lambda p, x: p * x, p, [x, x, x], factored=True)
+
+    analysis = estimate.lower(params, example).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 1.1 * 4 * 512 * 256
+    assert analysis.output_size_in_bytes < 1.1 * 4 * (512 + 256)
