@@ -79,8 +79,8 @@ def scale_by_fisher(
         floating dtype. A leaf may be a :class:`FactoredFisher` instead. None takes the
         extra argument ``fisher`` of ``update``, which is for large ones: given here,
         F is a constant of the compiled program. Either way no state and no checkpoint
-        holds it. If both are given, this one counts. A single array needs ``static_args="fisher"`` under
-        :func:`optax.inject_hyperparams`.
+        holds it. If both are given, this one counts. A single array needs
+        ``static_args="fisher"`` under :func:`optax.inject_hyperparams`.
       damping: Added to the relative Fisher information, above 0. It limits how much
         more the entries that matter least move.
       power: Power of the relative Fisher information, 0 or above. 0 only normalizes.
