@@ -4,6 +4,7 @@ All of it works with any model and any training loop.
 """
 
 from mofo_jax.continual._divergence import forward_kl
+from mofo_jax.continual._fisher import FactoredFisher, fisher_diagonal
 from mofo_jax.continual._gem import project_gradient
 from mofo_jax.continual._hft import half_fine_tuning_mask
 from mofo_jax.continual._interpolation import interpolate
@@ -14,11 +15,9 @@ from mofo_jax.continual._matched import (
     pareto_frontier,
     value_at_loss,
 )
+from mofo_jax.continual._natural import ScaleByFisherState, scale_by_fisher
 from mofo_jax.continual._own_texts import draw_texts
-from mofo_jax.continual._penalties import (
-    add_distance_penalty,
-    fisher_diagonal,
-)
+from mofo_jax.continual._penalties import add_distance_penalty
 from mofo_jax.continual._scores import (
     backward_transfer,
     forward_transfer,
@@ -27,6 +26,8 @@ from mofo_jax.continual._scores import (
 
 __all__ = [
     "Comparison",
+    "FactoredFisher",
+    "ScaleByFisherState",
     "add_distance_penalty",
     "backward_transfer",
     "bootstrap_interval",
@@ -40,5 +41,6 @@ __all__ = [
     "overall_performance",
     "pareto_frontier",
     "project_gradient",
+    "scale_by_fisher",
     "value_at_loss",
 ]

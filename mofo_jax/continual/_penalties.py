@@ -2,15 +2,14 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mofo_jax._checks import at_least_float32
 from mofo_jax._leaves import check_same_shapes
+from mofo_jax.continual._fisher import dense_fisher, match_fisher
 
 
 def add_distance_penalty(
@@ -29,7 +28,8 @@ def add_distance_penalty(
 
     The reference is an extra argument of ``update``, so that no state and no
     checkpoint holds it: ``update(gradients, state, params, reference=theta_0)``. So is
-    ``fisher``, the F of elastic weight consolidation, from :func:`fisher_diagonal`.
+    ``fisher``, the F of elastic weight consolidation, from :func:`fisher_diagonal`,
+    dense or factored.
 
     Args:
       l1: Strength of the absolute distance, 0 or above.
@@ -80,7 +80,7 @@ def add_distance_penalty(
         if ewc:
             if fisher is None:
                 raise ValueError("ewc needs the extra argument fisher")
-            check_same_shapes("fisher", fisher, "params", params)
+            fisher = match_fisher(fisher, "params", params)
 
         def add(update: jax.Array, p: jax.Array, start: jax.Array, *f: Any) -> Any:
             moved = p - start.astype(p.dtype)
@@ -90,7 +90,7 @@ def add_distance_penalty(
             if l2:
                 gradient += 2 * l2 * moved
             if f:
-                gradient += ewc * f[0].astype(p.dtype) * moved
+                gradient += ewc * dense_fisher(f[0]).astype(p.dtype) * moved
             return update + gradient.astype(update.dtype)
 
         weights = (fisher,) if ewc else ()
@@ -99,58 +99,3 @@ def add_distance_penalty(
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update_fn
     )
-
-
-def fisher_diagonal(
-    gradient: Callable[[Any, Any], Any], params: Any, examples: Iterable[Any]
-) -> Any:
-    """The diagonal of the empirical Fisher information: the mean squared gradient.
-
-    On examples that the model itself draws, see :func:`draw_texts`, it estimates the
-    Fisher information proper, and needs no pretraining data.
-
-    Args:
-      gradient: A function of parameters and one example that returns the gradient of
-        the example's negative log-likelihood, a pytree like the parameters. Jit it.
-        With a batch's mean in place of an example the result is smaller, by the
-        batch's size where gradients are independent.
-      params: Pytree of arrays.
-      examples: One or more, taken one at a time, so an iterator that makes each when it
-        is asked for will do.
-
-    Returns:
-      Pytree like the parameters, float32 (or wider where gradients are), 0 or above;
-      each leaf sharded like its gradient.
-
-    Raises:
-      ValueError: There are no examples.
-
-    >>> import jax, jax.numpy as jnp
-    >>> from mofo_jax.continual import fisher_diagonal
-    >>> gradient = jax.grad(lambda w, x: 0.5 * jnp.sum((w - x) ** 2))
-    >>> fisher_diagonal(gradient, jnp.zeros(2), [jnp.array([1.0, 2.0]), jnp.ones(2)])
-    Array([1. , 2.5], dtype=float32)
-
-    References:
-      Kirkpatrick et al., `Overcoming catastrophic forgetting in neural networks
-      <https://arxiv.org/abs/1612.00796>`_, 2017; Kunstner et al., `Limitations of the
-      Empirical Fisher Approximation <https://arxiv.org/abs/1905.12558>`_, 2019.
-    """
-    total, count = None, 0
-    for example in examples:
-        squares = _squares(gradient(params, example))
-        total = squares if total is None else _add(total, squares)
-        count += 1
-    if total is None:
-        raise ValueError("examples must be one or more, got none")
-    return jax.tree.map(lambda x: x / count, total)
-
-
-@jax.jit
-def _squares(tree: Any) -> Any:
-    return jax.tree.map(lambda g: jnp.square(at_least_float32(g)), tree)
-
-
-@jax.jit
-def _add(total: Any, squares: Any) -> Any:
-    return jax.tree.map(jnp.add, total, squares)

@@ -3,12 +3,11 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from mofo_jax import filter_by_momentum
-from mofo_jax.continual import add_distance_penalty, fisher_diagonal
+from mofo_jax.continual import FactoredFisher, add_distance_penalty
 
 PARAMS = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array([[3.0]])}
 REFERENCE = {"a": jnp.array([0.0, -2.0, 1.0]), "b": jnp.array([[1.0]])}
@@ -43,6 +42,17 @@ def test_ewc_by_hand():
 
 
 @jax.numpy_dtype_promotion("standard")
+def test_ewc_with_factors():
+    """The same as with the dense leaf of rank one that they stand for."""
+    dense = {"a": jnp.array([2.0, 1.0, 0.0]), "b": jnp.array([[0.5]])}
+    factored = {**dense, "b": FactoredFisher(jnp.array([0.5]), jnp.array([0.5]))}
+    ewc = add_distance_penalty(ewc=10.0)
+    chex.assert_trees_all_equal(
+        updates_of(ewc, reference=REFERENCE, fisher=factored),
+        updates_of(ewc, reference=REFERENCE, fisher=dense),
+    )
+
+
 def test_is_the_gradient_of_the_penalty():
     # Nowhere at distance zero, where an absolute value has no gradient.
     reference = jax.tree.map(lambda x: x + 0.25, REFERENCE)
@@ -105,32 +115,3 @@ def test_what_update_needs():
         updates_of(ewc, reference=REFERENCE)
     with pytest.raises(ValueError, match="fisher must have the structure"):
         updates_of(ewc, reference=REFERENCE, fisher={"a": REFERENCE["a"]})
-
-
-def test_fisher_of_logistic_regression():
-    """At the true parameters it is x^2 p (1 - p), in the mean over drawn labels."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4000, 2))
-    w = np.array([0.5, -1.0])
-    p = 1 / (1 + np.exp(-x @ w))
-    y = rng.random(4000) < p
-
-    def loss(w, example):
-        logit = jnp.dot(example[0], w)
-        return optax.sigmoid_binary_cross_entropy(logit, example[1])
-
-    examples = [(jnp.float32(a), jnp.float32(b)) for a, b in zip(x, y, strict=True)]
-    fisher = fisher_diagonal(jax.jit(jax.grad(loss)), jnp.float32(w), examples)
-    exact = np.mean(x**2 * (p * (1 - p))[:, None], axis=0)
-    np.testing.assert_allclose(fisher, exact, rtol=0.1)
-
-
-def test_fisher_needs_examples():
-    with pytest.raises(ValueError, match="examples must be one or more"):
-        fisher_diagonal(lambda p, x: p, PARAMS, [])
-
-
-def test_fisher_of_low_precision_is_float32():
-    params = jnp.ones(3, jnp.bfloat16)
-    fisher = fisher_diagonal(lambda p, x: p * x, params, [jnp.bfloat16(1e-3)])
-    assert fisher.dtype == jnp.float32 and (fisher > 0).all()

@@ -1,0 +1,203 @@
+"""The diagonal of the Fisher information, dense or in factors."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mofo_jax._checks import at_least_float32
+from mofo_jax._leaves import check_same_shapes, leaf_names
+
+
+class FactoredFisher(NamedTuple):
+    """The Fisher information of one leaf of two or more axes, in two factors.
+
+    As Adafactor stores a second moment. The entry in row i and column j of the last
+    two axes is ``rows[i] * columns[j] / mean(rows)``, which is exact where the dense
+    leaf has rank one. The axes before them, such as that of stacked layers, are
+    factored one by one. The mean over the leaf is always exact.
+
+    Attributes:
+      rows: [..., n], the means over the last axis.
+      columns: [..., m], the means over the axis before it.
+    """
+
+    rows: jax.typing.ArrayLike
+    columns: jax.typing.ArrayLike
+
+
+def fisher_diagonal(
+    gradient: Callable[[Any, Any], Any],
+    params: Any,
+    examples: Iterable[Any],
+    *,
+    factored: bool = False,
+) -> Any:
+    """The diagonal of the empirical Fisher information: the mean squared gradient.
+
+    On examples that the model itself draws, see :func:`draw_texts`, it estimates the
+    Fisher information proper, and needs no pretraining data.
+
+    Args:
+      gradient: A function of parameters and one example that returns the gradient of
+        the example's negative log-likelihood, a pytree like the parameters. Jit it.
+        With a batch's mean in place of an example the result is smaller, by the
+        batch's size where gradients are independent.
+      params: Pytree of arrays.
+      examples: One or more, taken one at a time, so an iterator that makes each when it
+        is asked for will do.
+      factored: Whether leaves of two or more axes are stored as a
+        :class:`FactoredFisher`. For a matrix [n, m] that is n + m numbers; the dense
+        sums are never stored. Leaves of fewer axes stay dense.
+
+    Returns:
+      Pytree like the parameters, float32 (or wider where gradients are), 0 or above;
+      each leaf sharded like its gradient.
+
+    Raises:
+      ValueError: There are no examples.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mofo_jax.continual import fisher_diagonal
+    >>> gradient = jax.grad(lambda w, x: 0.5 * jnp.sum((w - x) ** 2))
+    >>> fisher_diagonal(gradient, jnp.zeros(2), [jnp.array([1.0, 2.0]), jnp.ones(2)])
+    Array([1. , 2.5], dtype=float32)
+    >>> example = jnp.array([[1.0, 2.0], [2.0, 4.0]])
+    >>> fisher = fisher_diagonal(gradient, jnp.zeros((2, 2)), [example], factored=True)
+    >>> fisher.rows, fisher.columns
+    (Array([ 2.5, 10. ], dtype=float32), Array([ 2.5, 10. ], dtype=float32))
+
+    References:
+      Kirkpatrick et al., `Overcoming catastrophic forgetting in neural networks
+      <https://arxiv.org/abs/1612.00796>`_, 2017; Kunstner et al., `Limitations of the
+      Empirical Fisher Approximation <https://arxiv.org/abs/1905.12558>`_, 2019; Shazeer
+      and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018 (the factors).
+    """
+    total, count = None, 0
+    squares_of = _factored_squares if factored else _squares
+    for example in examples:
+        squares = squares_of(gradient(params, example))
+        total = squares if total is None else _add(total, squares)
+        count += 1
+    if total is None:
+        raise ValueError("examples must be one or more, got none")
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def match_fisher(fisher: Any, other: str, like: Any) -> Any:
+    """fisher without the leaves that :class:`optax.MaskedNode` masks in ``like``.
+
+    Raises:
+      ValueError: fisher has another structure, or a leaf another shape.
+    """
+    leaves = jax.tree.leaves(like, is_leaf=_is_masked)
+    treedef: Any = jax.tree.structure(like, is_leaf=_is_masked)
+    try:
+        parts = treedef.flatten_up_to(fisher)
+    except (ValueError, TypeError):
+        pass  # check_same_shapes says what is missing
+    else:
+        pairs = zip(leaves, parts, strict=True)
+        fisher = treedef.unflatten([x if _is_masked(x) else f for x, f in pairs])
+    shapes = [
+        jax.ShapeDtypeStruct(_shape(leaf, name), jnp.float32)
+        for leaf, name in zip(fisher_leaves(fisher), _names(fisher), strict=True)
+    ]
+    structure: Any = jax.tree.structure(fisher, is_leaf=_is_factored)
+    check_same_shapes("fisher", structure.unflatten(shapes), other, like)
+    return fisher
+
+
+def fisher_leaves(fisher: Any) -> list[Any]:
+    """The leaves of fisher, each an array or a :class:`FactoredFisher`."""
+    return jax.tree.leaves(fisher, is_leaf=_is_factored)
+
+
+def dense_fisher(leaf: Any) -> jax.Array:
+    """A leaf as an array, at least float32. A jitted use of it fuses the factors."""
+    if not _is_factored(leaf):
+        return at_least_float32(jnp.asarray(leaf))
+    rows, columns = (at_least_float32(jnp.asarray(x)) for x in leaf)
+    mean = jnp.mean(rows, axis=-1, keepdims=True)
+    rows = rows / _nonzero(mean)
+    return rows[..., :, None] * columns[..., None, :]
+
+
+def mean_fisher(fisher: Any) -> jax.Array:
+    """The mean over all entries of all leaves, float32; 1 where that is zero."""
+    # Of the rows of a factored leaf the mean is that of the leaf.
+    means = [
+        (jnp.mean(jnp.asarray(x[0] if _is_factored(x) else x), dtype=jnp.float32), size)
+        for x in fisher_leaves(fisher)
+        if (size := _size(x))
+    ]
+    total = sum(size for _, size in means)
+    zero = jnp.zeros([], jnp.float32)
+    return _nonzero(sum((mean * (size / total) for mean, size in means), zero))
+
+
+def abs_square(x: jax.Array) -> jax.Array:
+    """|x|^2, at least float32."""
+    x = at_least_float32(x)
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, jnp.ones_like(x), x)
+
+
+def _is_factored(x: Any) -> bool:
+    return isinstance(x, FactoredFisher)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _names(fisher: Any) -> list[str]:
+    return leaf_names(jax.tree.map(lambda x: 0, fisher, is_leaf=_is_factored))
+
+
+def _shape(leaf: Any, name: str) -> tuple[int, ...]:
+    """The shape of the dense leaf."""
+    if not _is_factored(leaf):
+        return jnp.shape(leaf)
+    rows, columns = map(jnp.shape, leaf)
+    if not rows or not columns or rows[:-1] != columns[:-1]:
+        raise ValueError(
+            "fisher must have rows [..., n] and columns [..., m] of the same leading "
+            f"axes, got {list(rows)} and {list(columns)} for {name}"
+        )
+    return (*rows, columns[-1])
+
+
+def _size(leaf: Any) -> int:
+    size = 1
+    for n in _shape(leaf, ""):
+        size *= n
+    return size
+
+
+@jax.jit
+def _squares(tree: Any) -> Any:
+    return jax.tree.map(abs_square, tree)
+
+
+@jax.jit
+def _factored_squares(tree: Any) -> Any:
+    def factor(g: jax.Array) -> Any:
+        squares = abs_square(g)
+        if g.ndim < 2 or not g.size:  # an empty leaf has no means
+            return squares
+        return FactoredFisher(jnp.mean(squares, axis=-1), jnp.mean(squares, axis=-2))
+
+    return jax.tree.map(factor, tree)
+
+
+@jax.jit
+def _add(total: Any, squares: Any) -> Any:
+    return jax.tree.map(jnp.add, total, squares)
