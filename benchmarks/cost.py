@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and writes it and the plots."""
     program = "python -m benchmarks.cost"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
-    with terminal.errors_on_one_line(program):
+    with terminal.errors_on_one_line("cost"):
         make_room(args.output)
         results = measure(args)
         publish(results, args.output, cost_report.table, cost_report.plot)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.outputs import make_room
 from examples import terminal
-from examples.checks import check_name
+from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.checkpoints.huggingface import tensor_shapes
@@ -103,6 +103,7 @@ def load(path: Path, param_dtype: str, mesh: str) -> dict[str, Any]:
 def measure(args: Args) -> dict[str, Any]:
     """All RUNS on one generated checkpoint, written to `args.output`."""
     check_name("architecture", args.architecture, ARCHITECTURES)
+    check_least("file_bytes", args.file_bytes, 1)
     config = ARCHITECTURES[args.architecture]
     if args.tiny:
         config = dataclasses.replace(config, head_dim=None, **TINY)
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, writes the results and prints the table."""
     program = "python -m benchmarks.load_memory"
     args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
-    with terminal.errors_on_one_line(program):
+    with terminal.errors_on_one_line("load_memory"):
         make_room(args.output)
         print(report(measure(args)))
 

@@ -19,7 +19,7 @@ import tyro
 
 from benchmarks.outputs import make_room
 from examples import terminal
-from examples.checks import check_name
+from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.model.architectures import ARCHITECTURES
@@ -72,6 +72,9 @@ def measure(args: Args) -> dict[str, Any]:
       ValueError: An unknown architecture.
     """
     check_name("architecture", args.architecture, ARCHITECTURES)
+    check_least("length", args.length, 1)
+    for size in args.batch_sizes:
+        check_least("batch_sizes", size, 1)
     config = ARCHITECTURES[args.architecture]
     results: dict[str, Any] = dataclasses.asdict(args) | environment() | {"rows": []}
     del results["output"]

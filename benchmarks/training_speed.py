@@ -30,7 +30,7 @@ from examples.files import write_json
 from examples.llama.checkpoints.huggingface_config import to_hugging_face
 from examples.llama.model.architectures import ARCHITECTURES, LlamaConfig
 from examples.llama.model.flops import peak_flops, training_flops
-from examples.llama.model.llama import Llama
+from examples.llama.model.llama import REMAT_POLICIES, Llama
 from examples.llama.model.parameters import DTypeName
 from examples.llama.model.sharding import make_mesh, put_batch, replicated
 from examples.llama.training.config import Config
@@ -178,6 +178,7 @@ def measure(args: Args) -> dict[str, Any]:
         check_name("shapes", name, SHAPES)
     for name in ("dtype", "param_dtype"):
         check_name(name, getattr(args, name), get_args(DTypeName))
+    check_name("remat", args.remat, REMAT_POLICIES)
     results: dict[str, Any] = {"settings": dataclasses.asdict(args), **environment()}
     results["settings"].pop("output")
     results["allocator"] = os.environ.get("GLIBC_TUNABLES", "")

@@ -152,7 +152,11 @@ def count_lines() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.rooms",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
     parser.add_argument("--lines", action="store_true", help="print lengths instead")
     if parser.parse_args().lines:
         print(count_lines())

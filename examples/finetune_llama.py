@@ -141,7 +141,8 @@ def finetune(settings: Settings) -> dict[str, dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; errors end it with one line."""
-    settings = tyro.cli(Settings, args=argv, description=__doc__)
+    program = "python -m examples.finetune_llama"
+    settings = tyro.cli(Settings, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line("finetune_llama"):
         finetune(settings)
 

@@ -39,10 +39,10 @@ class Args:
 
 def momentum_and_updates(args: Args) -> dict[str, np.ndarray]:
     """Of the matrix, in the same step: Adam's first moment, its update and MoFO's."""
+    adam, filtered = optax.adam(1e-3), mofo(1e-3, alpha=args.alpha)
     config = quickstart.Config(seed=args.seed)
     old, new = quickstart.make_world(config.seed, config.new_names)
     graphdef, params = quickstart.pretrain(config, old)
-    adam, filtered = optax.adam(1e-3), mofo(1e-3, alpha=args.alpha)
     state = adam.init(params)
     state_filtered = filtered.init(params)
     gradient_of = jax.jit(jax.grad(quickstart.loss_fn), static_argnums=1)

@@ -15,13 +15,15 @@ import tyro
 
 from examples import terminal
 from examples.llama.reporting.task_scores import table
-from examples.llama.training.sequence import PROGRAM, Args, run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; exit codes as of examples.llama.train."""
     argv = sys.argv[1:] if argv is None else list(argv)
     with terminal.errors_on_one_line("continual"):
+        # Here, so that without its extra's packages one line says which to install.
+        from examples.llama.training.sequence import PROGRAM, Args, run
+
         args, flags = tyro.cli(
             Args,
             prog=PROGRAM,

@@ -11,18 +11,21 @@ import json
 from collections.abc import Sequence
 
 import tyro
-from lm_eval.utils import handle_non_serializable
 
 from examples import terminal
 from examples.files import write_json
-from examples.llama.evaluation.evaluate import Args, evaluate, table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: prints tables, or one line of error with exit code 2."""
     program = "python -m examples.llama.evaluate"
-    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
     with terminal.errors_on_one_line("evaluate"):
+        # Here, so that without its extra's packages one line says which to install.
+        from lm_eval.utils import handle_non_serializable
+
+        from examples.llama.evaluation.evaluate import Args, evaluate, table
+
+        args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
         results = evaluate(args)
         if args.output is not None:
             text = json.dumps(results, default=handle_non_serializable)

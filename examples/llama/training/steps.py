@@ -65,7 +65,8 @@ def make_step(
     """
 
     def loss_sum(params: nnx.State, fixed: Fixed, part: Batch) -> Any:
-        model = nnx.merge(graph, params, fixed.frozen)
+        # A copy: under nnx.remat the frozen variables may not be those of outside.
+        model = nnx.merge(graph, params, fixed.frozen, copy=True)
         pretrained = None
         if reference is not None and "kl_weight" in part:
             pretrained = nnx.merge(reference, fixed.pretrained)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 
 import jax
 import numpy as np
@@ -252,3 +253,12 @@ def test_a_broken_data_set(options, data_dir, tmp_path, capsys):
         "evaluate: tasks: An error occurred while generating the dataset of stories_"
     )
     assert last.startswith(start) and "JSON parse error: Invalid value" in last
+
+
+def test_help_without_the_harness(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["--help"])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1
+    assert err.endswith("; pip install '.[evaluate]' brings it\n")

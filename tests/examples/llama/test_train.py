@@ -208,7 +208,8 @@ def test_sample_answers(files, run):
 
 
 def test_lora(files, run):
-    output, result = run("lora", lora_rank=2, lora_alpha=8.0, batch_size=8, steps=10)
+    changes = {"lora_rank": 2, "lora_alpha": 8.0, "batch_size": 8, "steps": 10}
+    output, result = run("lora", remat="dots", **changes)
     facts = json.loads((output / "run.json").read_text())
     assert facts["trained_parameters"] < 0.3 * facts["parameters"]
     assert result["after"]["eval_loss"] < result["before"]["eval_loss"]
