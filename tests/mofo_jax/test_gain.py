@@ -140,6 +140,7 @@ def test_the_sign_of_the_step():
             assert descent < 0
 
 
+@pytest.mark.thorough
 def test_blocks_and_remembered_thresholds():
     """Over steps, with blocks, from the thresholds of the step before."""
     rng = np.random.default_rng(4)
@@ -165,6 +166,7 @@ def test_blocks_and_remembered_thresholds():
     assert update._cache_size() == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh(kind, program):
     if program == "one CPU device":
@@ -185,6 +187,7 @@ def test_on_a_mesh(kind, program):
     np.testing.assert_array_equal(updates != 0, expected != 0)
 
 
+@pytest.mark.thorough
 def test_gains_are_not_stored(program):
     """The updates are, while the search reads them, but no array of gains."""
     params = {name: jax.ShapeDtypeStruct((2048, 4096), "float32") for name in "abc"}
@@ -200,6 +203,7 @@ def test_gains_are_not_stored(program):
     assert stored < 1.1 * 3 * 4 * 2048 * 4096
 
 
+@pytest.mark.thorough
 def test_few_passes(program):
     rng = np.random.default_rng(6)
     optimizer = scale_by_mofo(0.1, score="gain")

@@ -13,6 +13,8 @@ from mofo_jax import filter_by_momentum, mofo, top_fraction_mask
 
 SPECS = [P("x"), P(None, "x"), P("y", "x"), P(None, ("x", "y"))]
 
+pytestmark = pytest.mark.thorough
+
 
 def leaf(seed=0, ties=True):
     x = np.random.default_rng(seed).normal(size=(64, 128)).astype(np.float32)
@@ -157,7 +159,6 @@ def test_init_with_abstract_input(name):
     assert OPTIMIZERS[name].init(params) is not None
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_sharding_type(name, explicit_params):
     optimizer, params = OPTIMIZERS[name], explicit_params

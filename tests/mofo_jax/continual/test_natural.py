@@ -17,6 +17,8 @@ FISHER = {"a": jnp.array([0.0, 1.0, 1.0, 2.0]), "b": jnp.array([[4.0, 4.0]])}
 UPDATES = {"a": jnp.array([1.0, -2.0, 0.5, 4.0]), "b": jnp.array([[3.0, -1.0]])}
 RNG = np.random.default_rng(0)
 
+pytestmark = pytest.mark.thorough
+
 
 def normal(*shape, dtype=jnp.float32):
     return jnp.asarray(RNG.normal(size=shape), dtype)
