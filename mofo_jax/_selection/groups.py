@@ -41,7 +41,11 @@ def columns(arrays: list[Rankable], block_axes: list[Axes]) -> Columns:
 
     Their sizes are powers of two, as each size of a kind has kernels of its own.
     """
-    kinds = [(x.shape, x.dtype, a) for x, a in zip(arrays, block_axes, strict=True)]
+    kinds = [
+        # Of a gain, both dtypes: what a pass reads together has to be stored alike.
+        (x.shape, tuple(part.dtype for part in jax.tree.leaves(x)), a)
+        for x, a in zip(arrays, block_axes, strict=True)
+    ]
     members: list[list[int]] = []
     for _, run in itertools.groupby(range(len(kinds)), kinds.__getitem__):
         rest = list(run)

@@ -88,6 +88,21 @@ def test_gradients_of_another_precision():
     np.testing.assert_array_equal(moved(gradient, step, 0.2), expected)
 
 
+def test_leaves_of_several_precisions():
+    """Their gains are all of float32, and still are not read as one array."""
+    rng = np.random.default_rng(7)
+    names = [(i, dtype) for i in range(8) for dtype in ("bfloat16", "float32")]
+    gradients, steps = (
+        {f"{d}{i}": jnp.asarray(rng.normal(size=(8, 32)), d) for i, d in names}
+        for _ in "gs"
+    )
+    optimizer = filter_by_momentum(replay(steps), 0.2, score="gain")
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients))
+    for name, update in updates.items():
+        expected = expected_mask(gains_of(gradients[name], steps[name]), 0.2)
+        np.testing.assert_array_equal(update != 0, expected, name)
+
+
 def test_what_would_climb_stays():
     gradient = jnp.array([1.0, -2.0, 3.0, 0.0, -0.0, 1e-30])
     step = jnp.array([1.0, 4.0, 5.0, 1.0, 1.0, -1e-30])
