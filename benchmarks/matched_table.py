@@ -13,7 +13,7 @@ def table(
     found: Mapping[float, Mapping[str, Comparison]],
     form: str,
 ) -> list[str]:
-    """Markdown: a row for each name with what was found at several losses.
+    """A Markdown table with a row for each name and columns for each loss.
 
     Args:
       heads: Over the first columns.

@@ -37,8 +37,7 @@ def convert(args: Args) -> None:
     path = tokenizer_path(args.tokenizer, args.model)
     model = load_model(args.model, param_dtype=args.dtype)
     tokenizer = load_tokenizer(path, model.config.vocab_size)
-    source = args.model if args.model.is_dir() else None
-    save_hugging_face(model, args.output, source=source)
+    save_hugging_face(model, args.output, source=args.model)
     save_tokenizer(tokenizer, args.output)
 
 

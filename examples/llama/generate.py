@@ -35,7 +35,7 @@ class Args:
 
 
 def continue_text(args: Args) -> str:
-    """The prompt and its continuation; errors as of `generate` and the loaders."""
+    """The prompt and its continuation; raises what `generate` and the loaders raise."""
     check_seed(args.seed)
     try:
         args.prompt.encode()

@@ -97,9 +97,9 @@ def select_masks(
       arrays: Real floating or complex arrays; signed integers are magnitudes already.
         Of a :class:`.gains.Gain` only what is above 0 is marked, so fewer than k may
         be.
-      alpha: As there.
+      alpha: See there.
       block_axes: For each array, its normalized block axes.
-      method: As there.
+      method: See there.
       guess: What the last call returned for arrays like these, or :func:`no_guess`.
         It decides how long the search takes, never its result.
 

@@ -1,5 +1,6 @@
 """The diagonal of the Fisher information, dense or in factors."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -176,10 +177,7 @@ def _shape(leaf: Any, name: str) -> tuple[int, ...]:
 
 
 def _size(leaf: Any) -> int:
-    size = 1
-    for n in _shape(leaf, ""):
-        size *= n
-    return size
+    return math.prod(_shape(leaf, ""))
 
 
 @jax.jit

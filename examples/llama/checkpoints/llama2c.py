@@ -27,7 +27,7 @@ def load_llama2c(
       path: The file.
       dtype: The model's compute dtype.
       param_dtype: The dtype that the weights are cast to.
-      sharding: As of `load_model`.
+      sharding: See `loading.load_model`.
 
     Raises:
       FileNotFoundError: Nothing is at `path`.

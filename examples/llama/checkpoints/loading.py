@@ -31,7 +31,7 @@ def load_model(
 
     Raises:
       FileNotFoundError: Nothing is at `path`.
-      ValueError: What is there is something else, or is damaged.
+      ValueError: It is neither of these, or it is damaged.
     """
     load = load_hugging_face if Path(path).is_dir() else load_llama2c
     return load(path, dtype=dtype, param_dtype=param_dtype, sharding=sharding)

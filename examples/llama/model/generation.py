@@ -47,8 +47,8 @@ def generate(
       tokens: int32 [B, T], the prompts, T >= 1.
       max_new_tokens: How many tokens to add, at least 1; with the longest prompt at
         most the model's max_position_embeddings.
-      mask: bool [B, T], True at a prompt's tokens, of which there is one or more, and
-        False at the padding on their left. Default all True.
+      mask: bool [B, T], True at a prompt's tokens and False at the padding on their
+        left. Every row has at least one True. Default all True.
       temperature: 0 takes the likeliest token; above 0, a token is drawn with its
         logit divided by it.
       key: For drawing, from `jax.random.key`; needed at a temperature above 0.
@@ -105,9 +105,9 @@ def prefill(
 
     Args:
       model: The model.
-      tokens: int32 [B, T], as of `generate`.
+      tokens: int32 [B, T], see `generate`.
       max_new_tokens: How many tokens all calls of `decode` together may add.
-      mask: bool [B, T], as of `generate`.
+      mask: bool [B, T], see `generate`.
 
     Raises:
       ValueError: An argument is outside these limits.
@@ -135,9 +135,9 @@ def decode(
       decoding: What `prefill` or the call before returned. Its cache is used up, and
         must have room: a write past its end would land on earlier tokens.
       max_new_tokens: At least 1; compiled once for each.
-      temperature: As of `generate`.
-      key: As of `generate`, the same in every call.
-      eos_id: As of `generate`.
+      temperature: See `generate`.
+      key: See `generate`. Pass the same one in every call.
+      eos_id: See `generate`.
 
     Returns:
       int32 [B, max_new_tokens], and what the next call needs.

@@ -28,8 +28,8 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of the losses that a batch counts, and how many they are, as float32.
 
-    With `packed`, a row holds several texts, its segments, each of which sees only
-    itself; otherwise it holds one text, padded at the right.
+    With `packed`, a row holds several texts as segments, and attention stays within a
+    segment. Otherwise it holds one text, padded at the right.
 
     With `pretrained`, the batch's "kl_weight" (float32 [B, L]) is how much of the
     divergence from that model's predictions is added where a token is predicted. A

@@ -14,7 +14,7 @@ def read_huggingface_tokenizer(path: Path, vocab_size: int | None) -> dict[str, 
       The arguments of `examples.llama.text.tokenizer.Tokenizer`.
 
     Raises:
-      OSError, ValueError: As of `examples.llama.text.tokenizer.load_tokenizer`.
+      OSError, ValueError: See `examples.llama.text.tokenizer.load_tokenizer`.
     """
     data = path.read_bytes()
     try:

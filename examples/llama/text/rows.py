@@ -67,7 +67,7 @@ def load_dataset(
     text has both tokens around it, and all but the first count.
 
     Args:
-      path: As of `examples.llama.text.records.read_records`.
+      path: See `examples.llama.text.records.read_records`.
       tokenizer: The model's.
       max_length: L. Longer records keep their first L tokens; those that have no
         counted token then are dropped.

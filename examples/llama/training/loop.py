@@ -165,7 +165,7 @@ class _Loop:
         self.checkpoints.finish()
 
     def compile(self) -> Any:
-        """The step for the shapes of a batch, of which none is used up."""
+        """The step for the shapes of a batch, compiled without consuming any data."""
         run, position = self.run, self.batches.get_state()
         examples, _ = self.next_batches()
         self.batches.set_state(position)

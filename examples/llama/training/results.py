@@ -117,7 +117,7 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
         model,
         output / "model",
         dtype=config.export_dtype or config.param_dtype,
-        source=config.model if config.model.is_dir() else None,
+        source=config.model,
     )
     # All processes take part in the reductions of this, though one alone writes.
     per_tensor = run.measures.per_tensor(state.params) if config.report else {}

@@ -139,7 +139,7 @@ def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str,
       is complete "op", "bwt" and "fwt".
 
     Raises:
-      ValueError, OSError, FloatingPointError, terminal.Stopped: As of `train`.
+      ValueError, OSError, FloatingPointError, terminal.Stopped: See `loop.train`.
     """
     tasks = tasks_of(args)
     start = task_config(args, flags, tasks, 0)

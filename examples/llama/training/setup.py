@@ -60,7 +60,7 @@ def set_up(
     """Loads and builds everything; writes nothing. `progress` shows bars.
 
     Raises:
-      ValueError, OSError: As of `train`.
+      ValueError, OSError: See `loop.train`.
     """
     check(config)
     if jax.process_index() == 0:  # which may write to it before another one looks

@@ -56,7 +56,7 @@ def make_step(
     A batch's arrays are [parts, rows, L]. The parts are computed one after another, and
     every counted token weighs the same whatever its part, so that the gradient is that
     of the whole batch. With `reference`, the graph of the pretrained model, a batch has
-    a "kl_weight" for each token, as of `next_token_loss`. With `project` the function
+    a "kl_weight" for each token, see `next_token_loss`. With `project` the function
     takes a sequence of other batches as well, and the gradient is
     `project(gradient, theirs)`.
 
