@@ -1,5 +1,6 @@
 """The momentum filter around any Optax gradient transformation."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ from mofo_jax._leaves import (
 )
 from mofo_jax._scoring import Score, check_score, scores_of
 from mofo_jax._selection.masks import no_guess, select_masks
+
+# See momentum_filter.
+Again = Callable[[Any, Any, Any, dict[str, Any], jax.Array], Any]
 
 
 class FilterByMomentumState(NamedTuple):
@@ -85,10 +89,9 @@ def filter_by_momentum(
         ``score(gradients, updates, inner_state, params)`` that returns a pytree of
         real or complex arrays shaped like the updates. With ``"gain"`` an entry that
         would climb never moves. So fewer than k may move, and even a scalar may stay;
-        at alpha = 1 all entries that descend move. Gains are computed as they are
-        read, in float32 at least, and never stored; the updates are, until they are
-        selected. Gains below the smallest normal number, 1e-38 for float32, count as
-        none.
+        at alpha = 1 all entries that descend move. Gains are at least float32, and
+        those below its smallest normal number, 1e-38, count as none. While they are
+        ranked, the updates take up memory too, which :func:`mofo_jax.mofo` avoids.
       filter_mask: Which leaves are filtered, the others getting inner's whole update:
         a pytree of bools like the parameters, a prefix of it, or a function of the
         parameters that returns one, such as
@@ -150,11 +153,16 @@ def momentum_filter(
     score: Score = "momentum",
     seed: jax.typing.ArrayLike = 0,
     method: Method = "search",
+    again: Again | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`filter_by_momentum`, also of updates that are subtracted afterwards.
 
     Added to a parameter of -0.0, only an update of -0.0 gives it back. What goes
     through a negative learning rate afterwards has to start from 0.0 for that.
+
+    With ``again`` the updates need not be stored while gains are ranked. It computes
+    them once more from inner's new state. Its arguments are that, inner's old state,
+    the parameters and the extra arguments, its results those of an update.
     """
     unselected = 0.0 if subtracted else -0.0
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
@@ -198,18 +206,31 @@ def momentum_filter(
         # Of the updates, as params may not be given: only shapes and names matter.
         filtered = resolve_mask(updates, filter_mask)
         axes = resolve_block_axes(updates, block_axes)
-        leaves, treedef = jax.tree.flatten(updates)
-        found = gradients, updates, inner_state, params
         scores = scores_of(
-            score, filtered, *found, seed=seed, step=step, subtracted=subtracted
+            score,
+            filtered,
+            *(gradients, updates, inner_state, params),
+            seed=seed,
+            step=step,
+            subtracted=subtracted,
         )
+        scores = _where(filtered, scores)
+        if score == "gain":
+            scores = [_stored(gain, step) for gain in scores]
         masks, threshold = select_masks(
-            _where(filtered, scores),
-            fraction,
-            _where(filtered, axes),
-            method,
-            state.threshold,
+            scores, fraction, _where(filtered, axes), method, state.threshold
         )
+        if score == "gain":
+            masks = [m & (gain != 0) for m, gain in zip(masks, scores, strict=True)]
+        if score == "gain" and again is not None:
+            # No threshold is below -1, so this is 0. As XLA does not know that, it
+            # neither keeps the updates from above nor computes these before the search.
+            zero = jnp.any(threshold < -1).astype(jnp.int32)
+            with jax.numpy_dtype_promotion("standard"):
+                updates = again(inner_state, state.inner_state, params, extra, zero)
+            if params is not None:
+                updates = cast_like(updates, params)
+        leaves, treedef = jax.tree.flatten(updates)
         rest = iter(masks)
         kept = [
             _keep(u, next(rest), unselected) if f else u
@@ -220,6 +241,20 @@ def momentum_filter(
         return updates, FilterByMomentumState(inner_state, step, threshold)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stored(gain: jax.Array, step: jax.Array) -> jax.Array:
+    """The same, kept by XLA from here on instead of gradients and updates.
+
+    Otherwise XLA computes gains again where they are compared with the thresholds.
+    """
+    kept: jax.Array
+    if jax.default_backend() == "cpu":
+        # There XLA removes barriers early. It does not know that this is always true.
+        kept = lax.cond(step >= 0, lambda x: x, jnp.zeros_like, gain)
+    else:
+        kept = lax.optimization_barrier(gain)
+    return kept
 
 
 def _where(filtered: list[bool], values: list[Any]) -> list[Any]:

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from mofo_jax._checks import Alpha, check_number, is_rankable
-from mofo_jax._filter import momentum_filter
+from mofo_jax._adam import Adam, filtered_adam
+from mofo_jax._checks import Alpha, check_number
 from mofo_jax._leaves import BlockAxesTree, FilterMask, cast_like
 from mofo_jax._scoring import Score
 
@@ -23,6 +22,7 @@ def scale_by_mofo(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     score: Score = "momentum",
+    precondition: optax.GradientTransformation | None = None,
     nesterov: bool = False,
     filter_mask: FilterMask = None,
     block_axes: BlockAxesTree = None,
@@ -42,7 +42,10 @@ def scale_by_mofo(
       mu_dtype: Floating dtype of the first moment; None takes the parameters'.
       score: What ranks the entries, see :func:`mofo_jax.filter_by_momentum`. The
         published algorithm ranks by ``"momentum"``; ``"gain"`` ranks by the decrease of
-        the loss that a step in Adam's direction brings, to first order.
+        the loss that the step brings, to first order, and moves only what descends.
+      precondition: A transformation of Adam's direction before it is filtered, such as
+        :func:`mofo_jax.continual.scale_by_fisher`. It gets the extra arguments of
+        ``update``.
       nesterov: Whether to use Nesterov momentum.
       filter_mask: Which leaves are filtered, see :func:`mofo_jax.filter_by_momentum`.
       block_axes: How leaves are split into blocks, see there.
@@ -62,8 +65,14 @@ def scale_by_mofo(
     >>> updates.round(3)
     Array([ 0., -1.,  0., -1.], dtype=float32)
     """
-    adam = _scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
-    return _filter_before_sign_flip(adam, alpha, score, filter_mask, block_axes)
+    return filtered_adam(
+        Adam(b1, b2, eps, eps_root, mu_dtype, nesterov),
+        [] if precondition is None else [precondition],
+        alpha,
+        score=score,
+        filter_mask=filter_mask,
+        block_axes=block_axes,
+    )
 
 
 def mofo(
@@ -78,6 +87,7 @@ def mofo(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     score: Score = "momentum",
+    precondition: optax.GradientTransformation | None = None,
     nesterov: bool = False,
     filter_mask: FilterMask = None,
     block_axes: BlockAxesTree = None,
@@ -128,7 +138,10 @@ def mofo(
       mask: Which leaves decay, as in :func:`optax.adamw`.
       score: What ranks the entries, see :func:`mofo_jax.filter_by_momentum`. The
         published algorithm ranks by ``"momentum"``; ``"gain"`` ranks by the decrease of
-        the loss that a step in Adam's direction brings, to first order.
+        the loss that the step brings, to first order, and moves only what descends.
+      precondition: A transformation of Adam's direction before it is filtered, such as
+        :func:`mofo_jax.continual.scale_by_fisher`. It gets the extra arguments of
+        ``update``.
       nesterov: Whether to use Nesterov momentum.
       filter_mask: Which leaves are filtered, see :func:`mofo_jax.filter_by_momentum`.
       block_axes: How leaves are split into blocks, see there.
@@ -166,10 +179,17 @@ def mofo(
     decay = (
         optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
     )
-    adam = _scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
+    before = [] if precondition is None else [precondition]
     if decay_selected_only:
-        adam, decay = optax.chain(adam, decay), optax.identity()
-    filtered = _filter_before_sign_flip(adam, alpha, score, filter_mask, block_axes)
+        before, decay = [*before, decay], optax.identity()
+    filtered = filtered_adam(
+        Adam(b1, b2, eps, eps_root, mu_dtype, nesterov),
+        before,
+        alpha,
+        score=score,
+        filter_mask=filter_mask,
+        block_axes=block_axes,
+    )
     if learning_rate is None and not decays:
         return filtered
     return optax.chain(
@@ -177,46 +197,6 @@ def mofo(
         decay,
         optax.scale_by_learning_rate(learning_rate),
         _in_the_parameters_dtypes(),
-    )
-
-
-def _scale_by_adam(
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    eps_root: jax.typing.ArrayLike,
-    mu_dtype: jax.typing.DTypeLike | None,
-    nesterov: bool,
-) -> optax.GradientTransformation:
-    """:func:`optax.scale_by_adam` of checked arguments."""
-    values = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    for name, value in values.items():
-        check_number(name, value)
-    try:
-        floating = mu_dtype is None or is_rankable(jnp.dtype(mu_dtype))
-    except TypeError:
-        floating = False
-    if not floating:
-        raise TypeError(
-            f"mu_dtype must be a floating dtype of 16 bits or more, got {mu_dtype!r}"
-        )
-    return optax.scale_by_adam(**values, mu_dtype=mu_dtype, nesterov=nesterov)
-
-
-def _filter_before_sign_flip(
-    inner: optax.GradientTransformation,
-    alpha: Alpha,
-    score: Score,
-    filter_mask: FilterMask,
-    block_axes: BlockAxesTree,
-) -> optax.GradientTransformationExtraArgs:
-    return momentum_filter(
-        inner,
-        alpha,
-        score=score,
-        filter_mask=filter_mask,
-        block_axes=block_axes,
-        subtracted=True,
     )
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mofo_jax._checks import is_rankable
+from mofo_jax._checks import at_least_float32, is_rankable
 from mofo_jax._leaves import check_same_shapes, first_moments, leaf_names
-from mofo_jax._selection.gains import gain_of
 
 Score = str | Callable[[Any, Any, Any, Any], Any]
 
@@ -53,13 +52,29 @@ def scores_of(
         return jax.tree.leaves(updates)
     if score == "gain":
         pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(updates), strict=True)
-        return [gain_of(g, u, 1 if subtracted else -1) for g, u in pairs]
+        return [_gain(g, u, subtracted=subtracted) for g, u in pairs]
     if score == "random":
         return _random_scores(jax.tree.leaves(updates), filtered, seed, step)
     assert callable(score)
     scores = score(gradients, updates, inner_state, params)
     _check_scores(scores, updates)
     return jax.tree.leaves(scores)
+
+
+def _gain(gradient: jax.Array, step: jax.Array, *, subtracted: bool) -> jax.Array:
+    """max(0, gradient * step), at least float32; of complex numbers the real part.
+
+    Products below the smallest normal number count as 0, so that the gain is the same
+    whether a device flushes them or not. NaN stays NaN.
+    """
+    gradient, step = at_least_float32(gradient), at_least_float32(step)
+    kind = jnp.promote_types(gradient.dtype, step.dtype)
+    gradient, step = gradient.astype(kind), step.astype(kind)
+    product = jnp.real(jnp.conj(gradient) * step)
+    if not subtracted:
+        product = -product
+    tiny = jnp.finfo(product.dtype).tiny.astype(product.dtype)
+    return jnp.where(product < tiny, jnp.zeros_like(product), product)
 
 
 def _random_scores(

@@ -8,7 +8,6 @@ from jax import lax
 
 from mofo_jax._selection.brackets import Brackets, narrow, thresholds
 from mofo_jax._selection.counting import Integers, count
-from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.groups import as_table, columns, counts_table, marks_of, slices
 from mofo_jax._selection.ranking import Axes, describe, entry_axes, index_digits, mark
 
@@ -19,7 +18,7 @@ class AnyDevice:
     probes = 4
 
     def __init__(
-        self, arrays: list[Rankable], block_axes: list[Axes], k: Integers
+        self, arrays: list[jax.Array], block_axes: list[Axes], k: Integers
     ) -> None:
         pairs = zip(arrays, block_axes, strict=True)
         self.arrays = arrays
@@ -61,7 +60,7 @@ class AnyDevice:
 
 @functools.partial(jax.jit, static_argnames=("axes", "limbs"))
 def _count_pass(
-    xs: list[Rankable], thresholds: jax.Array, axes: Axes, limbs: int
+    xs: list[jax.Array], thresholds: jax.Array, axes: Axes, limbs: int
 ) -> jax.Array:
     """How many entries of a group reach: ``[limbs, probes, blocks]``."""
     zero = (thresholds[0, 0, 0] < 0).astype(jnp.int32)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from mofo_jax._selection.counting import Integers
-from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.ranking import Blocks
 
 
@@ -46,10 +45,9 @@ def start(blocks: Blocks, guess: jax.Array) -> Brackets:
     )
 
 
-def varying_axes(x: Rankable) -> tuple[str, ...]:
+def varying_axes(x: jax.Array) -> tuple[str, ...]:
     """Manual mesh axes of shard_map along which x varies."""
-    (*_, part) = jax.tree.leaves(x)
-    return tuple(sorted(jax.typeof(part).manual_axis_type.varying))
+    return tuple(sorted(jax.typeof(x).manual_axis_type.varying))
 
 
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mofo_jax._selection.counting import Integers
-from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.ranking import Axes, block_count, mark
 
 # How many arrays of one kind make a group. All of it is read until its last block is
@@ -36,16 +35,12 @@ class Columns(NamedTuple):
     members: list[list[int]]
 
 
-def columns(arrays: list[Rankable], block_axes: list[Axes]) -> Columns:
+def columns(arrays: list[jax.Array], block_axes: list[Axes]) -> Columns:
     """Groups of neighbouring arrays of one kind.
 
     Their sizes are powers of two, as each size of a kind has kernels of its own.
     """
-    kinds = [
-        # Of a gain, both dtypes: what a pass reads together has to be stored alike.
-        (x.shape, tuple(part.dtype for part in jax.tree.leaves(x)), a)
-        for x, a in zip(arrays, block_axes, strict=True)
-    ]
+    kinds = [(x.shape, x.dtype, a) for x, a in zip(arrays, block_axes, strict=True)]
     members: list[list[int]] = []
     for _, run in itertools.groupby(range(len(kinds)), kinds.__getitem__):
         rest = list(run)
@@ -63,7 +58,7 @@ def slices(table: jax.Array, widths: list[int]) -> list[jax.Array]:
 
 
 def marks_of(
-    xs: list[Rankable], indices: list[Integers], thresholds: jax.Array, axes: Axes
+    xs: list[jax.Array], indices: list[Integers], thresholds: jax.Array, axes: Axes
 ) -> list[jax.Array]:
     """Marks what reaches the thresholds ``[rows, probes, blocks]`` of a group.
 

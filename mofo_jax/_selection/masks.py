@@ -21,7 +21,6 @@ from mofo_jax._checks import (
 )
 from mofo_jax._selection.brackets import varying_axes
 from mofo_jax._selection.fraction import Fraction
-from mofo_jax._selection.gains import Gain, Rankable
 from mofo_jax._selection.ranking import block_count
 from mofo_jax._selection.search import search_masks
 from mofo_jax._selection.top_k import top_k_mask
@@ -85,7 +84,7 @@ def top_fraction_mask(
 
 
 def select_masks(
-    arrays: list[Rankable],
+    arrays: list[jax.Array],
     alpha: jax.typing.ArrayLike,
     block_axes: list[tuple[int, ...]],
     method: str = "search",
@@ -95,11 +94,9 @@ def select_masks(
 
     Args:
       arrays: Real floating or complex arrays; signed integers are magnitudes already.
-        Of a :class:`.gains.Gain` only what is above 0 is marked, so fewer than k may
-        be.
-      alpha: See there.
+      alpha: As there.
       block_axes: For each array, its normalized block axes.
-      method: See there.
+      method: As there.
       guess: What the last call returned for arrays like these, or :func:`no_guess`.
         It decides how long the search takes, never its result.
 
@@ -117,7 +114,7 @@ def select_masks(
     for i, x in enumerate(arrays):
         n = x.size // max(sizes[i], 1)
         if n <= 1 or fraction.known_k(n) == n:
-            masks[i] = _everything(x)
+            masks[i] = jnp.ones_like(x, dtype=bool)
         elif method == "top_k":
             most, k = fraction.known_k(n) or n, fraction.k([n])
             masks[i] = top_k_mask(_real(x), k, most, block_axes[i])
@@ -127,7 +124,7 @@ def select_masks(
             searches.setdefault(varying_axes(x), []).append(i)
     for members in searches.values():
         # Arrays of one kind side by side, as groups want them.
-        members.sort(key=lambda i: (_kind(arrays[i]), block_axes[i]))
+        members.sort(key=lambda i: (str(jax.typeof(arrays[i])), block_axes[i]))
         places = np.concatenate(
             [np.arange(stops[i] - sizes[i], stops[i]) for i in members]
         )
@@ -141,9 +138,6 @@ def select_masks(
         guess = guess.at[places].set(values)
         for i, mask in zip(members, found, strict=True):
             masks[i] = mask
-    for i, x in enumerate(arrays):
-        if isinstance(x, Gain):
-            masks[i] &= x.values() != 0
     return masks, guess
 
 
@@ -155,16 +149,6 @@ def no_guess(
     return jnp.full((blocks,), -1, jnp.int32)
 
 
-def _real(x: Rankable) -> Rankable:
+def _real(x: jax.Array) -> jax.Array:
     """Magnitudes of complex numbers, once: a root taken again may round differently."""
-    return x if isinstance(x, Gain) or not jnp.iscomplexobj(x) else jnp.abs(x)
-
-
-def _everything(x: Rankable) -> jax.Array:
-    (*_, part) = jax.tree.leaves(x)
-    return jnp.ones_like(part, dtype=bool)
-
-
-def _kind(x: Rankable) -> str:
-    """Of arrays that can be read together, the same."""
-    return str([jax.typeof(part) for part in jax.tree.leaves(x)])
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x

@@ -10,7 +10,6 @@ import numpy as np
 from jax import lax
 
 from mofo_jax._selection.counting import Integers, limbs_for
-from mofo_jax._selection.gains import Gain, Rankable
 
 Axes = tuple[int, ...]
 
@@ -41,7 +40,7 @@ class Blocks(NamedTuple):
 # Traced once for each kind of array.
 @functools.partial(jax.jit, static_argnames="axes")
 def mark(
-    x: Rankable, threshold: tuple[jax.Array, ...], index: Integers, axes: Axes
+    x: jax.Array, threshold: tuple[jax.Array, ...], index: Integers, axes: Axes
 ) -> jax.Array:
     """Marks the entries at or above the threshold of their block.
 
@@ -64,7 +63,7 @@ def mark(
     return bits - (index >= cut).astype(bits.dtype) >= value
 
 
-def order_bits(x: Rankable) -> jax.Array:
+def order_bits(x: jax.Array) -> jax.Array:
     """Magnitudes as non-negative signed integers of the same order.
 
     Integers compare subnormals, infinities and NaN exactly, where a float comparison
@@ -72,15 +71,13 @@ def order_bits(x: Rankable) -> jax.Array:
     clear top bit and vector units compare signed integers faster. Signed integers are
     magnitudes already.
     """
-    if isinstance(x, Gain):
-        x = x.values()
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x
     kind = _bits_dtype(x.dtype)
     return lax.bitcast_convert_type(x, kind) & np.array(np.iinfo(kind).max, kind)
 
 
-def describe(arrays: list[Rankable], axes: list[Axes], k: Integers) -> Blocks:
+def describe(arrays: list[jax.Array], axes: list[Axes], k: Integers) -> Blocks:
     """The blocks of all arrays, one after the other; axes as :func:`entry_axes`."""
     sizes = [
         [math.prod(x.shape[a] for a in run) for run in _index_runs(x.shape, along)]

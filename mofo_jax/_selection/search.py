@@ -39,7 +39,6 @@ from mofo_jax._selection.brackets import (
     varying_axes,
 )
 from mofo_jax._selection.counting import Integers
-from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.options import options
 from mofo_jax._selection.probes import first_probes, next_probes
 from mofo_jax._selection.ranking import Axes, Blocks
@@ -81,7 +80,7 @@ class Passes(Protocol):
 # Compiled once for each tree of shapes: without jit, eager loops compile at every call.
 @functools.partial(jax.jit, static_argnames="block_axes")
 def search_masks(
-    arrays: list[Rankable], k: Integers, guess: jax.Array, block_axes: tuple[Axes, ...]
+    arrays: list[jax.Array], k: Integers, guess: jax.Array, block_axes: tuple[Axes, ...]
 ) -> tuple[list[jax.Array], jax.Array]:
     """Marks the k largest entries of each block of the arrays.
 
@@ -105,7 +104,7 @@ def search_masks(
     return passes.masks(thresholds), values.astype(jnp.int32)
 
 
-def _passes(arrays: list[Rankable], block_axes: list[Axes], k: Integers) -> Passes:
+def _passes(arrays: list[jax.Array], block_axes: list[Axes], k: Integers) -> Passes:
     """How to read the arrays: the one place where that is chosen.
 
     A wrong guess, as when lowering for another platform, costs time only.

@@ -22,7 +22,6 @@ from mofo_jax._selection.brackets import (
     varying_axes,
 )
 from mofo_jax._selection.counting import Integers
-from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.groups import as_table, columns, counts_table, marks_of, padded
 from mofo_jax._selection.ranking import Axes, describe, entry_axes, index_digits, mark
 from mofo_jax._selection.single_cpu_kernels import (
@@ -61,7 +60,7 @@ class SingleCPU:
     probes = 2
 
     def __init__(
-        self, arrays: list[Rankable], block_axes: list[Axes], k: Integers
+        self, arrays: list[jax.Array], block_axes: list[Axes], k: Integers
     ) -> None:
         pairs = list(zip(arrays, block_axes, strict=True))
         self.arrays = arrays
@@ -157,7 +156,7 @@ def _narrow_to(
 
 @functools.partial(jax.jit, static_argnames=("axes", "limbs", "gathers"))
 def _read_pass(
-    xs: list[Rankable], request: jax.Array, axes: Axes, limbs: int, gathers: bool
+    xs: list[jax.Array], request: jax.Array, axes: Axes, limbs: int, gathers: bool
 ) -> jax.Array:
     """What a group's part of a request asks: ``[rows, probes, blocks]``.
 
@@ -166,7 +165,7 @@ def _read_pass(
     """
     fields = len(Gathered._fields)
 
-    def counted(xs: list[Rankable], request: jax.Array) -> jax.Array:
+    def counted(xs: list[jax.Array], request: jax.Array) -> jax.Array:
         stacks, along = stacked(xs), tuple(1 + a for a in axes)
         zero = (request[0, 0, 0] < 0).astype(jnp.int32)
         indices = [index_digits(stacks[0].shape, along, zero)] * len(stacks)
@@ -174,14 +173,14 @@ def _read_pass(
         table = counts_table(count_rows(marks, along, zero), request, limbs)
         return padded(table, 0, fields, request.dtype)
 
-    def gathered(xs: list[Rankable], request: jax.Array) -> jax.Array:
+    def gathered(xs: list[jax.Array], request: jax.Array) -> jax.Array:
         low, high, *numbers = request[1 - _BRACKET_ROWS :, 0]
         found = gather(stacked(xs), low, high, *(n.astype(jnp.uint32) for n in numbers))
         table = jnp.stack([row.astype(request.dtype) for row in found])
         table = jnp.broadcast_to(table[:, None], (fields, *request.shape[1:]))
         return padded(table, limbs, 0, request.dtype)
 
-    def skipped(xs: list[Rankable], request: jax.Array) -> jax.Array:
+    def skipped(xs: list[jax.Array], request: jax.Array) -> jax.Array:
         zeros = jnp.zeros((limbs + fields, *request.shape[1:]), request.dtype)
         varied: jax.Array = vary(zeros, varying_axes(request))
         return varied

@@ -9,7 +9,6 @@ import numpy as np
 from jax import lax
 
 from mofo_jax._selection.counting import Integers, count, limbs_for, sum_exactly
-from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.groups import slices
 from mofo_jax._selection.ranking import Axes, order_bits
 
@@ -27,7 +26,7 @@ _GROUP = 32
 _SLICES = 32
 
 
-def rows_of_blocks(x: Rankable, block_axes: Axes) -> Rankable:
+def rows_of_blocks(x: jax.Array, block_axes: Axes) -> jax.Array:
     """x with each block as rows, for threads to share, of a length for vector units.
 
     Without a copy; x itself where that cannot be, or a block needs two digits.
@@ -39,16 +38,13 @@ def rows_of_blocks(x: Rankable, block_axes: Axes) -> Rankable:
     rows = math.gcd(n, 1024)
     while rows > 1 and n // rows < 512:
         rows //= 2
-    shape = (*x.shape[:lead], rows, n // rows)
-    view: Rankable = jax.tree.map(lambda part: part.reshape(shape), x)
-    return view
+    return x.reshape(*x.shape[:lead], rows, n // rows)
 
 
-def stacked(xs: list[Rankable]) -> list[Rankable]:
+def stacked(xs: list[jax.Array]) -> list[jax.Array]:
     """Few arrays of several each: what XLA fuses with their reduction is not a copy."""
     size = max(1, len(xs) // _STREAMS)
-    parts = (xs[i : i + size] for i in range(0, len(xs), size))
-    return [jax.tree.map(lambda *part: jnp.stack(part), *some) for some in parts]
+    return [jnp.stack(xs[i : i + size]) for i in range(0, len(xs), size)]
 
 
 def split(table: jax.Array, widths: list[int]) -> list[jax.Array]:
@@ -140,7 +136,7 @@ def gather_limit(shape: tuple[int, ...], axes: Axes) -> int:
 
 
 def gather(
-    arrays: list[Rankable],
+    arrays: list[jax.Array],
     low: jax.Array,
     high: jax.Array,
     need: jax.Array,
@@ -196,7 +192,7 @@ def gather(
     return Gathered(value, seen, reached, exceeded)
 
 
-def _nearest(x: Rankable, top: jax.Array) -> jax.Array:
+def _nearest(x: jax.Array, top: jax.Array) -> jax.Array:
     """How far below the top is the nearest of each group: ``[blocks, groups, c]``.
 
     In unsigned integers, so that what is above the top is the farthest from it.

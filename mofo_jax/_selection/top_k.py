@@ -6,11 +6,10 @@ import numpy as np
 from jax import lax
 
 from mofo_jax._selection.counting import Integers
-from mofo_jax._selection.gains import Rankable
 from mofo_jax._selection.ranking import Axes, block_count, entry_axes, order_bits
 
 
-def top_k_mask(x: Rankable, k: Integers, most: int, block_axes: Axes) -> jax.Array:
+def top_k_mask(x: jax.Array, k: Integers, most: int, block_axes: Axes) -> jax.Array:
     """Marks the k largest of each block, where k is at most a number."""
     # Of the bits, because XLA's top_k takes bfloat16 subnormals for zero on the CPU.
     order = block_axes + entry_axes(x.shape, block_axes)

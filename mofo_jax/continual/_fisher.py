@@ -116,13 +116,18 @@ def fisher_leaves(fisher: Any) -> list[Any]:
     return jax.tree.leaves(fisher, is_leaf=_is_factored)
 
 
-def dense_fisher(leaf: Any) -> jax.Array:
-    """A leaf as an array, at least float32. A jitted use of it fuses the factors."""
+def dense_fisher(leaf: Any, factor: jax.Array | None = None) -> jax.Array:
+    """A leaf as an array, at least float32, times a factor. Jitted uses fuse it.
+
+    It is made by products alone, which XLA computes again rather than store.
+    """
     if not _is_factored(leaf):
-        return at_least_float32(jnp.asarray(leaf))
+        dense = at_least_float32(jnp.asarray(leaf))
+        return dense if factor is None else dense * factor.astype(dense.dtype)
     rows, columns = (at_least_float32(jnp.asarray(x)) for x in leaf)
-    mean = jnp.mean(rows, axis=-1, keepdims=True)
-    rows = rows / _nonzero(mean)
+    rows = rows / _nonzero(jnp.mean(rows, axis=-1, keepdims=True))
+    if factor is not None:
+        rows = rows * factor.astype(rows.dtype)
     return rows[..., :, None] * columns[..., None, :]
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from mofo_jax._checks import at_least_float32, check_number
 from mofo_jax.continual._fisher import (
@@ -45,14 +44,17 @@ def scale_by_fisher(
 
     .. math::
       s_t &= u_t \,/\, \big((F / \bar F)^{p} + \epsilon\big) \\
-      q_t &= d\, q_{t-1} + (1 - d)\, \overline{|s_t|^2} \\
-      u_t &\leftarrow \mathrm{clip}\big(s_t / \sqrt{q_t / (1 - d^t)},\, \pm c\big)
+      u_t &\leftarrow \mathrm{clip}\big(s_t / \sqrt{q_{t-1} / (1 - d^{t-1})},\,
+        \pm c\big) \\
+      q_t &= d\, q_{t-1} + (1 - d)\, \overline{|s_t|^2}
 
     with the power p, the damping :math:`\epsilon`, the decay d and the limit c. Both
     means, :math:`\bar F` and :math:`\overline{|s_t|^2}`, are over all entries of all
     leaves together. So the scale of F changes nothing, nor does a constant scale of
-    the updates, and the learning rate is the typical size of a step. With F zero
-    everywhere, the updates only get a root mean square of 1.
+    the updates after the first step, and the learning rate is the typical size of a
+    step. At the first step, when there is no mean yet, :math:`s_t` is multiplied by
+    :math:`\epsilon`, so that updates of magnitude 1, as Adam's are then, stay at 1
+    where F is zero and are smaller elsewhere.
 
     F is the diagonal Fisher information of the pretrained model, from
     :func:`fisher_diagonal` on texts that the model drew, see :func:`draw_texts`. It may
@@ -85,12 +87,12 @@ def scale_by_fisher(
         more the entries that matter least move.
       power: Power of the relative Fisher information, 0 or above. 0 only normalizes.
       clip: Largest magnitude of an entry's update, above 0; infinity for no limit.
-      decay: Decay of the running mean square, in [0, 1). 0 normalizes each step by
-        itself.
+      decay: Decay of the running mean square, in [0, 1). 0 takes that of the step
+        before alone.
 
     Returns:
       A transformation with a :class:`ScaleByFisherState`. The updates keep their
-      dtypes. Arithmetic is in float32 or wider, with one copy of the updates.
+      dtypes. Arithmetic is in float32 or wider, entry by entry, and stores no copies.
 
     Raises:
       ValueError: A number outside its range; at update: no fisher, or one of another
@@ -102,7 +104,7 @@ def scale_by_fisher(
     >>> fisher = jnp.array([0.0, 2.0])  # relative to the mean 0 and 2
     >>> scale = scale_by_fisher(fisher, damping=1.0)
     >>> params, updates = jnp.zeros(2), jnp.array([1.0, 3.0])
-    >>> scale.update(updates, scale.init(params))[0].round(3)  # 1/1 and 3/3
+    >>> scale.update(updates, scale.init(params))[0].round(3)  # 1/1, 3/3
     Array([1., 1.], dtype=float32)
 
     Under a filter, with the Fisher information as an extra argument:
@@ -115,7 +117,7 @@ def scale_by_fisher(
     >>> updates, _ = optimizer.update(
     ...     gradients, optimizer.init(params), params, fisher=fisher)
     >>> updates.round(3)
-    Array([-0.141, -0.   ], dtype=float32)
+    Array([-0.1, -0. ], dtype=float32)
 
     References:
       Kao et al., `Natural continual learning: success is a journey, not (just) a
@@ -128,10 +130,10 @@ def scale_by_fisher(
     clip = _number("clip", clip, "a number above 0", lambda x: x > 0)
     decay = _number("decay", decay, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
-    def scale(update: jax.Array, weight: Any, mean: jax.Array) -> jax.Array:
+    def scale(update: jax.Array, weight: Any, inverse: jax.Array) -> jax.Array:
         update = at_least_float32(update)
         dtype = update.real.dtype
-        relative = dense_fisher(weight).astype(dtype) / mean.astype(dtype)
+        relative = dense_fisher(weight, inverse).astype(dtype)
         denominator = relative ** jnp.asarray(power, dtype)
         denominator += jnp.asarray(damping, dtype)
         return update / denominator.astype(update.dtype)
@@ -159,33 +161,27 @@ def scale_by_fisher(
                 "update(updates, state, params, fisher=...)"
             )
         held = match_fisher(held, "the updates", updates)
-        mean = mean_fisher(held)
-        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates)]
-        pairs = zip(leaves, fisher_leaves(held), strict=True)
-        # Behind the barrier, as XLA would otherwise keep their squares, or what they
-        # are computed from, for all leaves at once.
-        scaled = [lax.optimization_barrier(scale(*pair, mean)) for pair in pairs]
-        steps = optax.safe_increment(state.steps)
-        d = jnp.asarray(decay, jnp.float32)
-        mean_square = d * state.mean_square + (1 - d) * _mean_square(scaled)
-        corrected = mean_square / (1 - d ** steps.astype(jnp.float32))
+        inverse = 1 / mean_fisher(held)
+        # Of the steps before this one, so that no leaf has to wait for the others.
+        d, past = jnp.asarray(decay, jnp.float32), state.steps.astype(jnp.float32)
+        square = state.mean_square / jnp.where(past == 0, 1, 1 - d**past)
         # 0 as long as all updates were.
-        rms = jnp.where(corrected == 0, 1.0, jnp.sqrt(corrected))
-        results = [
-            normalize(x, rms).astype(leaf.dtype)
-            for x, leaf in zip(scaled, leaves, strict=True)
-        ]
-        updates = jax.tree.unflatten(jax.tree.structure(updates), results)
+        unit = 1 / jnp.asarray(damping, jnp.float32)
+        rms = jnp.where(square == 0, unit, jnp.sqrt(square))
+        results, squares, size = [], [], 0
+        leaves, treedef = jax.tree.flatten(updates)
+        for leaf, weight in zip(leaves, fisher_leaves(held), strict=True):
+            scaled = scale(leaf, weight, inverse)
+            squares.append(jnp.sum(abs_square(scaled)).astype(jnp.float32))
+            size += scaled.size
+            results.append(normalize(scaled, rms).astype(jnp.result_type(leaf)))
+        new = sum(squares, jnp.zeros([], jnp.float32)) / max(1, size)
+        mean_square = d * state.mean_square + (1 - d) * new
+        steps = optax.safe_increment(state.steps)
+        updates = jax.tree.unflatten(treedef, results)
         return updates, ScaleByFisherState(steps, mean_square)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _mean_square(leaves: list[jax.Array]) -> jax.Array:
-    """Of all entries together, float32."""
-    size = max(1, sum(x.size for x in leaves))
-    squares = [jnp.sum(abs_square(x)).astype(jnp.float32) for x in leaves]
-    return sum(squares, jnp.zeros([], jnp.float32)) / size
 
 
 def _number(
