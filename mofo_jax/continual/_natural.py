@@ -35,26 +35,23 @@ class ScaleByFisherState(NamedTuple):
 def scale_by_fisher(
     fisher: Any = None,
     *,
-    damping: jax.typing.ArrayLike = 0.1,
-    power: jax.typing.ArrayLike = 1.0,
-    clip: jax.typing.ArrayLike = 10.0,
+    damping: jax.typing.ArrayLike = 0.01,
     decay: jax.typing.ArrayLike = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides updates by the Fisher information, so that known things move less.
 
     .. math::
-      s_t &= u_t \,/\, \big((F / \bar F)^{p} + \epsilon\big) \\
-      u_t &\leftarrow \mathrm{clip}\big(s_t / \sqrt{q_{t-1} / (1 - d^{t-1})},\,
-        \pm c\big) \\
+      s_t &= u_t \,/\, (F / \bar F + \epsilon) \\
+      u_t &\leftarrow s_t / \sqrt{q_{t-1} / (1 - d^{t-1})} \\
       q_t &= d\, q_{t-1} + (1 - d)\, \overline{|s_t|^2}
 
-    with the power p, the damping :math:`\epsilon`, the decay d and the limit c. Both
-    means, :math:`\bar F` and :math:`\overline{|s_t|^2}`, are over all entries of all
-    leaves together. So the scale of F changes nothing, nor does a constant scale of
-    the updates after the first step, and the learning rate is the typical size of a
-    step. At the first step, when there is no mean yet, :math:`s_t` is multiplied by
-    :math:`\epsilon`, so that updates of magnitude 1, as Adam's are then, stay at 1
-    where F is zero and are smaller elsewhere.
+    with the damping :math:`\epsilon` and the decay d. Both means, :math:`\bar F` and
+    :math:`\overline{|s_t|^2}`, are over all entries of all leaves together. So the
+    scale of F changes nothing, nor does a constant scale of the updates after the first
+    step, and the learning rate is the typical size of a step. At the first step, when
+    there is no mean yet, :math:`s_t` is multiplied by :math:`\epsilon`, so that updates
+    of magnitude 1, as Adam's are then, stay at 1 where F is zero and are smaller
+    elsewhere.
 
     F is the diagonal Fisher information of the pretrained model, from
     :func:`fisher_diagonal` on texts that the model drew, see :func:`draw_texts`. It may
@@ -85,8 +82,6 @@ def scale_by_fisher(
         ``static_args="fisher"`` under :func:`optax.inject_hyperparams`.
       damping: Added to the relative Fisher information, above 0. It limits how much
         more the entries that matter least move.
-      power: Power of the relative Fisher information, 0 or above. 0 only normalizes.
-      clip: Largest magnitude of an entry's update, above 0; infinity for no limit.
       decay: Decay of the running mean square, in [0, 1). 0 takes that of the step
         before alone.
 
@@ -126,24 +121,13 @@ def scale_by_fisher(
     damping = _number(
         "damping", damping, "a number above 0", lambda x: 0 < x < math.inf
     )
-    power = _number("power", power, "a number, 0 or above", lambda x: 0 <= x < math.inf)
-    clip = _number("clip", clip, "a number above 0", lambda x: x > 0)
     decay = _number("decay", decay, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
     def scale(update: jax.Array, weight: Any, inverse: jax.Array) -> jax.Array:
         update = at_least_float32(update)
         dtype = update.real.dtype
         relative = dense_fisher(weight, inverse).astype(dtype)
-        denominator = relative ** jnp.asarray(power, dtype)
-        denominator += jnp.asarray(damping, dtype)
-        return update / denominator.astype(update.dtype)
-
-    def normalize(x: jax.Array, rms: jax.Array) -> jax.Array:
-        x = x / rms.astype(x.dtype)
-        limit = jnp.asarray(clip, x.real.dtype)
-        if not jnp.iscomplexobj(x):
-            return jnp.clip(x, -limit, limit)
-        return x / jnp.maximum(jnp.abs(x) / limit, 1.0).astype(x.dtype)
+        return update / (relative + jnp.asarray(damping, dtype)).astype(update.dtype)
 
     def init_fn(params: Any) -> ScaleByFisherState:
         del params
@@ -174,7 +158,8 @@ def scale_by_fisher(
             scaled = scale(leaf, weight, inverse)
             squares.append(jnp.sum(abs_square(scaled)).astype(jnp.float32))
             size += scaled.size
-            results.append(normalize(scaled, rms).astype(jnp.result_type(leaf)))
+            scaled = scaled / rms.astype(scaled.dtype)
+            results.append(scaled.astype(jnp.result_type(leaf)))
         new = sum(squares, jnp.zeros([], jnp.float32)) / max(1, size)
         mean_square = d * state.mean_square + (1 - d) * new
         steps = optax.safe_increment(state.steps)
