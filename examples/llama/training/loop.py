@@ -138,7 +138,8 @@ class _Loop:
         self.go_on()
         for step in range((self.first or 0) + 1, steps + 1):
             batches, rows = self.next_batches()
-            self.state, metrics = run_step(self.state, self.run.fixed, *batches)
+            rate = self.run.learning_rates[step - 1]
+            self.state, metrics = run_step(self.state, self.run.fixed, rate, *batches)
             self.settle()  # the step before, while this one runs
             self.pending = step, metrics, rows
             signum = _stopping(stop, self.checkpoints, step)
@@ -179,7 +180,6 @@ class _Loop:
         step = make_step(
             run.graph,
             run.optimizer,
-            run.schedule,
             packed=run.config.pack,
             reference=run.reference,
             project=project,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -27,7 +28,7 @@ from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
 from examples.llama.training.checks import check
 from examples.llama.training.config import Config
 from examples.llama.training.measures import Measures
-from examples.llama.training.optimizers import Schedule, make_optimizer, make_schedule
+from examples.llama.training.optimizers import learning_rates, make_optimizer
 from examples.llama.training.parsing import same_run
 from examples.llama.training.replay import Datasets, add_self_replay, load_data
 from examples.llama.training.steps import Fixed, TrainState, init_state
@@ -50,7 +51,7 @@ class Run(NamedTuple):
     lora_scale: float
     reference: nnx.GraphDef | None  # of the pretrained model, where the loss needs it
     optimizer: optax.GradientTransformation
-    schedule: Schedule
+    learning_rates: np.ndarray  # float32 [steps]
     measures: Measures
 
 
@@ -119,8 +120,8 @@ def set_up(
         replayed = sum(weights) / sum(weights[: datasets.learned])
         examples = learned * replayed
         steps = max(1, math.ceil(config.epochs * examples / config.batch_size))
-    schedule = make_schedule(config, steps)
-    optimizer = make_optimizer(config, schedule)
+    rates = learning_rates(config, steps)
+    optimizer = make_optimizer(config)
     kinds = config.penalties
     soft = "kl" in kinds or datasets.soft_from is not None
     needed = kinds or soft or config.interpolation is not None
@@ -142,7 +143,7 @@ def set_up(
         lora_scale=lora_scale,
         reference=plain_graph if soft else None,
         optimizer=optimizer,
-        schedule=schedule,
+        learning_rates=rates,
         measures=measures,
     )
 

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from examples.llama.model.loss import Batch, next_token_loss
 from examples.llama.model.sharding import replicated, shardings_of, state_shardings
-from examples.llama.training.optimizers import Schedule
 
 
 class TrainState(NamedTuple):
@@ -45,13 +44,16 @@ def init_state(
 def make_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    schedule: Schedule,
     *,
     packed: bool,
     reference: nnx.GraphDef | None = None,
     project: Callable[[Any, Sequence[Any]], Any] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A function of the state, `Fixed` and a batch; jit it and donate the state.
+    """A function of the state, `Fixed`, the learning rate and a batch.
+
+    Jit it and donate the state. The optimizer gets the learning rate as the extra
+    argument `learning_rate`, the batch's loss as `value`, as Optax names it, and for
+    penalties the pretrained parameters and their Fisher information.
 
     A batch's arrays are [parts, rows, L]. The parts are computed one after another, and
     every counted token weighs the same whatever its part, so that the gradient is that
@@ -98,21 +100,26 @@ def make_step(
         return loss / count, gradients
 
     def train_step(
-        state: TrainState, fixed: Fixed, batch: Batch, others: Sequence[Batch] = ()
+        state: TrainState,
+        fixed: Fixed,
+        learning_rate: jax.Array,
+        batch: Batch,
+        others: Sequence[Batch] = (),
     ) -> Any:
         params = state.params
         loss, gradients = mean_gradient(params, fixed, batch)
         if project is not None:
             theirs = [mean_gradient(params, fixed, other)[1] for other in others]
             gradients = project(gradients, theirs)
-        extra = {"reference": fixed.pretrained, "fisher": fixed.fisher}
+        extra = {"learning_rate": learning_rate, "value": loss}
+        extra |= {"reference": fixed.pretrained, "fisher": fixed.fisher}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             gradients, state.opt_state, params, **extra
         )
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": learning_rate,
             "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
         }
         params = optax.apply_updates(params, updates)
@@ -125,7 +132,11 @@ def make_step(
 def compile_step(
     train_step: Any, state: TrainState, fixed: Fixed, *batches: Any, mesh: Mesh
 ) -> Any:
-    """The step compiled for these shapes, its state staying where it lies."""
+    """The step compiled for these shapes, its state staying where it lies.
+
+    The learning rate is a float32 scalar.
+    """
+    learning_rate = jax.ShapeDtypeStruct((), jnp.float32)
     everywhere = replicated(mesh)
     compiled = jax.jit(
         train_step,
@@ -134,4 +145,4 @@ def compile_step(
     )
     # Promotion: the gradient of jax.nn.dot_product_attention, and Optax.
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        return compiled.lower(state, fixed, *batches).compile()
+        return compiled.lower(state, fixed, learning_rate, *batches).compile()
