@@ -1,5 +1,6 @@
 """The optimizers and schedules that a run can choose."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ import optax
 from examples.llama.training.config import Config
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
 from mofo_jax.continual import add_distance_penalty, half_fine_tuning_mask
+
+# Of a configuration; updates get the extra argument `learning_rate`, and what else
+# `steps.make_step` says.
+MakeOptimizer = Callable[[Config], optax.GradientTransformation]
 
 # What the methods select by, with the same Adam.
 SCORES = {"mofo": "momentum", "gain": "gain", "gradient": "gradient", "mv": "update"}
@@ -98,6 +103,8 @@ def _direction(config: Config) -> optax.GradientTransformation:
         return filter_by_momentum(adam, config.alpha, **common)
     if config.method == "mofo-lion":
         return filter_by_momentum(lion, config.alpha, **common)
+    if config.method == "sgd":
+        return optax.trace(0.9, accumulator_dtype=mu_dtype)
     return lion if config.method == "lion" else adam
 
 
