@@ -81,14 +81,16 @@ def test_rates_seeds_and_lengths_share_one_program(files, tmp_path):
     config = config_of(files, tmp_path / "first", steps=2)
     others = {"learning_rate": 3e-3, "seed": 1, "steps": 3, "schedule": "linear"}
     with compilation.kept_in(tmp_path / "compiled"):
-        steps = []
+        steps, sizes = [], []
         for name, changes in (("first", {}), ("second", others)):
             output = tmp_path / name
-            train(dataclasses.replace(config, output=output, **changes), progress=False)
+            config = dataclasses.replace(config, output=output, **changes)
+            sizes.append(train(config, progress=False)["bytes"])
             jax.clear_caches()
             names = [path.name for path in (tmp_path / "compiled").iterdir()]
             steps.append({name for name in names if "train_step" in name})
     assert len(steps[0]) > 0 and steps[0] == steps[1]
+    assert sizes[0] == sizes[1]  # also of a program that was not compiled here
 
 
 def test_what_a_run_costs(files, run, tmp_path):
