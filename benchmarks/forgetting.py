@@ -63,12 +63,12 @@ def measure(args: Args) -> dict[str, Any]:
       "settings"; "pretrained", the measures before; "runs", a list with the method,
       the changes of its point, the seed, the measures "after", the "seconds" of
       training and of "preparing" and the "bytes" of a step as of `train`, and the
-      device and versions; and how many runs are "wanted".
+      device and versions; and how many runs are "wanted". A run that diverged has
+      "diverged", which is true, and no measures.
 
     Raises:
       ValueError, OSError: A setting is out of range, a file is missing or damaged, or
         `args.output` is of other settings.
-      FloatingPointError: A run diverged.
     """
     begun = time.monotonic()
     check_least("seeds", args.seeds, 1)
@@ -99,7 +99,7 @@ def measure(args: Args) -> dict[str, Any]:
             **terminal.bar_style(),
         ) as bar:
             for run in each(_train, jobs, args.workers, begun + 60 * args.minutes):
-                results["pretrained"] = run.pop("before")
+                results["pretrained"] = run.pop("before", results["pretrained"])
                 results["runs"].append(run | {"workers": args.workers})
                 write_json(args.output, results)
                 _show(bar, run)
@@ -107,12 +107,13 @@ def measure(args: Args) -> dict[str, Any]:
 
 
 def _show(bar: tqdm, run: dict[str, Any]) -> None:
-    point, after = describe(run["point"]), run["after"]
-    bar.set_description(f"{run['method']}, {point}, seed {run['seed']}")
-    bar.set_postfix_str(
-        f"loss {after['eval_loss']:.3f}, retained {after['retain_loss']:.3f}",
-        refresh=False,
+    bar.set_description(
+        f"{run['method']}, {describe(run['point'])}, seed {run['seed']}"
     )
+    found = "diverged"
+    if after := run.get("after"):
+        found = f"loss {after['eval_loss']:.3f}, retained {after['retain_loss']:.3f}"
+    bar.set_postfix_str(found, refresh=False)
     bar.update()
 
 
@@ -154,13 +155,16 @@ def _train(job: Job) -> dict[str, Any]:
             options["loss"] = method.loss(config)
         measured = config.model, config.eval_data, config.retain_data, config.max_length
         options["before"] = _pretrained.get(measured)
-        found = train(config, progress=False, **options)
-        _pretrained[measured] = found["before"]
+        try:
+            found = train(config, progress=False, **options)
+            _pretrained[measured] = found["before"]
+            kept = {name: found[name] for name in KEPT}
+        except FloatingPointError:
+            kept = {"diverged": True}
     # Each run compiles functions of its own, which would stay in memory, and leaves a
     # model and a checkpoint.
     jax.clear_caches()
     shutil.rmtree(config.output)
-    kept = {name: found[name] for name in KEPT}
     return job.run | kept | environment()
 
 
@@ -174,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done, wanted = len(results["runs"]), results.pop("wanted")
         if done < wanted:
             print(f"{done} of {wanted} runs; the same command goes on")
-        if not done:
+        if not results["pretrained"]:  # no run has come to its end
             return
         publish(results, args.output, report, plot)
 

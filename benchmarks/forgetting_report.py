@@ -33,7 +33,8 @@ def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
     """Of each method [seeds, points, 2], of the seeds that have all points.
 
     A point is the held-out loss and what was measured; points are in the order of the
-    method's. Those that no seed has yet do not count.
+    method's. Those that no seed has yet do not count, nor do those at which one
+    diverged.
     """
     found = {}
     for name, method in METHODS.items():
@@ -41,15 +42,17 @@ def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
         for run in results["runs"]:
             if run["method"] == name:
                 of_seeds.setdefault(run["seed"], []).append(run)
-        there = [run["point"] for runs in of_seeds.values() for run in runs]
-        points = [point for point in method.points if point in there]
+        runs = [run for runs in of_seeds.values() for run in runs]
+        there = [run["point"] for run in runs]
+        diverged = [run["point"] for run in runs if "diverged" in run]
+        points = [x for x in method.points if x in there and x not in diverged]
         seeds = []
         for seed in sorted(of_seeds):
             of_point = [
                 [run["after"] for run in of_seeds[seed] if run["point"] == point]
                 for point in points
             ]
-            if all(of_point):
+            if points and all(of_point):
                 seeds.append(
                     [(after["eval_loss"], after[measure]) for (after,) in of_point]
                 )
@@ -154,11 +157,15 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
             these = [r for r in runs if (r["method"], r["point"]) == (name, point)]
             if not these or not chosen(name, point):
                 continue
+            cells = [method.title, describe(point), str(len(these))]
+            if lost := sum("diverged" in run for run in these):
+                cells += [f"{lost} diverged", *8 * [""]]
+                lines.append(f"| {' | '.join(cells)} |")
+                continue
             after = {
                 key: np.array([run["after"][key] for run in these])
                 for key in these[0]["after"]
             }
-            cells = [method.title, describe(point), str(len(these))]
             for key in ("eval_loss", "retain_loss", "kl"):
                 spread = np.ptp(after[key]) / 2
                 cells.append(f"{after[key].mean():.3f} ± {spread:.3f}")

@@ -92,6 +92,23 @@ def test_incomplete_seeds_have_no_curve():
     assert {found["mofo"].seeds for found in rows.values()} == {2}
 
 
+def test_where_a_run_diverged_there_is_no_point(tmp_path):
+    results = made_up()
+    point = METHODS["adamw"].points[-1]
+    for run in results["runs"]:
+        if (run["method"], run["point"], run["seed"]) == ("adamw", point, 1):
+            for name in ("after", "seconds", "preparing", "bytes"):
+                del run[name]
+            run["diverged"] = True
+    found = forgetting_report.measured(results, "kl")
+    assert found["adamw"].shape == (3, 4, 2) and found["mofo"].shape == (3, 5, 2)
+    rows = forgetting_report.report(results).splitlines()
+    row = next(x for x in rows if x.startswith("| AdamW | learning rate 0.0048"))
+    assert [x.strip() for x in row.split("|")[3:6]] == ["3", "1 diverged", ""]
+    assert row.count("|") == rows[rows.index(row) - 4].count("|")
+    forgetting_report.plot(results, tmp_path / "plot.png")
+
+
 def test_report_and_plot(tmp_path):
     results = made_up()
     text = forgetting_report.report(results)
@@ -155,6 +172,9 @@ def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
 
     def counted(config, **options):
         calls.append(config)
+        if len(calls) == 2:
+            config.output.mkdir()
+            raise FloatingPointError
         if len(calls) == 3:
             raise KeyboardInterrupt
         return train(config, **options)
@@ -168,6 +188,8 @@ def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 3 + 2
     results = json.loads(output.read_text())
     assert len(results["runs"]) == 4
+    assert [run.get("diverged", False) for run in results["runs"]].index(True) == 1
+    assert all(run["bytes"] > 0 for run in results["runs"] if "after" in run)
     assert {run["method"] for run in results["runs"]} == {"adamw", "wise-ft"}
     assert output.with_suffix(".png").exists()
     assert output.with_suffix(".md").read_text() in capsys.readouterr().out
