@@ -3,10 +3,11 @@
 python -m benchmarks.facts --output docs/results/facts.json
 
 Teaches the quickstart's small Llama new facts and counts the old ones that it keeps:
-with other alphas, blocks and scores, masks that persist, schedules of alpha, noisier
-batches, more steps, larger tasks and models, each along its learning rates and with
-several seeds, which also make the facts. Writes every number as JSON after every run,
-and beside it a table and a plot at matched losses. Started again, it goes on.
+with other alphas, blocks and scores, in the pretrained model's metric, with masks that
+persist, schedules of alpha, noisier batches, more steps, larger tasks and models, each
+along its learning rates and with several seeds, which also make the facts. Writes every
+number as JSON after every run, and beside it a table and a plot at matched losses.
+Started again, it goes on.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ class Args:
     """The JSON file to write; table and plot go beside it, ending in .md and .png."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Names among those of benchmarks/facts_variants.py."""
-    seeds: int = 3
+    seeds: int = 5
     """Worlds of facts, with a model each."""
 
 

@@ -13,7 +13,7 @@ from mofo_jax import (
     mofo,
     top_fraction_mask,
 )
-from mofo_jax.continual import half_fine_tuning_mask
+from mofo_jax.continual import half_fine_tuning_mask, scale_by_fisher
 
 
 class Context(NamedTuple):
@@ -136,6 +136,22 @@ def damped(context: Context) -> optax.GradientTransformation:
         lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)
     )
     return optax.chain(adamw(context), damping)
+
+
+def in_metric(context: Context) -> optax.GradientTransformation:
+    """Adam's steps in the pretrained model's metric."""
+    return optax.chain(
+        optax.scale_by_adam(),
+        scale_by_fisher(context.importance),
+        optax.scale_by_learning_rate(context.rate),
+    )
+
+
+def keeping(context: Context) -> optax.GradientTransformation:
+    """Of those, the entries move that bring the loss down most."""
+    return filter_by_momentum(
+        in_metric(context), 0.1, score="gain", filter_mask=all_but_norms_and_biases
+    )
 
 
 def penalized(

@@ -6,8 +6,9 @@ Fine-tunes a model by every method, along each method's learning rates (or what 
 curve goes along), with several seeds. Writes every number as JSON after every run, and
 beside it a table and a plot of the frontier: what is forgotten over what is learned.
 Started again, it goes on after the last complete run. Any model and data will do. The
-suite stories260k is of the model of llama2.c and takes some two hours on two cores; gpu
-is of the model that benchmarks.pretrain makes. DIR has the model and GSM8K.
+suite stories260k is of the model of llama2.c on GSM8K, stories260k-python of the same
+model on functions of Python's standard library, which it makes; gpu is of the model
+that benchmarks.pretrain makes. DIR has the model and GSM8K.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ class Args(Inputs):
     """The JSON file to write; table and plot go beside it, ending in .md and .png."""
     methods: tuple[str, ...] | None = None
     """Names among those of benchmarks/forgetting_methods.py; else the suite's."""
-    seeds: int = 3
+    seeds: int = 5
     """Runs of each setting."""
     workers: int = 1
     """Runs at a time, each in a process with its share of the cores. One core trains a
@@ -61,54 +62,59 @@ def measure(args: Args) -> dict[str, Any]:
     Returns:
       "settings"; "pretrained", the measures before; "runs", a list with the method,
       the changes of its point, the seed, the measures "after", the "seconds" of
-      training, and the device and versions; and how many runs are "wanted".
+      training and of "preparing" and the "bytes" of a step as of `train`, and the
+      device and versions; and how many runs are "wanted". A run that diverged has
+      "diverged", which is true, and no measures.
 
     Raises:
       ValueError, OSError: A setting is out of range, a file is missing or damaged, or
         `args.output` is of other settings.
-      FloatingPointError: A run diverged.
     """
     begun = time.monotonic()
     check_least("seeds", args.seeds, 1)
     check_least("workers", args.workers, 1)
-    settings = args.settings()
-    methods = args.methods or SUITES[args.suite].methods
-    for name in methods:
-        check_name("methods", name, METHODS)
-    keys = ("method", "point", "seed")
-    results = load(args.output, {"settings": settings}, keys)
-    if results is None:
-        results = {"settings": settings, "pretrained": {}, "runs": []}
-    wanted = _runs(methods, args.seeds)
-    done = [{key: run[key] for key in keys} for run in results["runs"]]
-    missing = [run for run in wanted if run not in done]
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        tqdm(
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        args = args.with_made_data(scratch)
+        settings = args.settings()
+        methods = args.methods or SUITES[args.suite].methods
+        for name in methods:
+            check_name("methods", name, METHODS)
+        keys = ("method", "point", "seed")
+        results = load(args.output, {"settings": settings}, keys)
+        if results is None:
+            results = {"settings": settings, "pretrained": {}, "runs": []}
+        wanted = _runs(methods, args.seeds)
+        done = [{key: run[key] for key in keys} for run in results["runs"]]
+        missing = [run for run in wanted if run not in done]
+        held_out = args.held_out(scratch)
+        jobs = []
+        for number, run in enumerate(missing):
+            output = scratch / str(number)
+            config = args.configuration(**run, held_out=held_out, output=output)
+            jobs.append(Job(run, config))
+        with tqdm(
             total=len(wanted),
             initial=len(wanted) - len(missing),
             **terminal.bar_style(),
-        ) as bar,
-    ):
-        held_out = args.held_out(Path(scratch))
-        jobs = []
-        for number, run in enumerate(missing):
-            output = Path(scratch) / str(number)
-            config = args.configuration(**run, held_out=held_out, output=output)
-            jobs.append(Job(run, config))
-        for run in each(_train, jobs, args.workers, begun + 60 * args.minutes):
-            results["pretrained"] = run.pop("before")
-            results["runs"].append(run | {"workers": args.workers})
-            write_json(args.output, results)
-            point = describe(run["point"])
-            bar.set_description(f"{run['method']}, {point}, seed {run['seed']}")
-            bar.set_postfix_str(
-                f"loss {run['after']['eval_loss']:.3f}, retained "
-                f"{run['after']['retain_loss']:.3f}",
-                refresh=False,
-            )
-            bar.update()
+        ) as bar:
+            for run in each(_train, jobs, args.workers, begun + 60 * args.minutes):
+                results["pretrained"] = run.pop("before", results["pretrained"])
+                results["runs"].append(run | {"workers": args.workers})
+                write_json(args.output, results)
+                _show(bar, run)
     return results | {"wanted": len(wanted)}
+
+
+def _show(bar: tqdm, run: dict[str, Any]) -> None:
+    bar.set_description(
+        f"{run['method']}, {describe(run['point'])}, seed {run['seed']}"
+    )
+    found = "diverged"
+    if after := run.get("after"):
+        found = f"loss {after['eval_loss']:.3f}, retained {after['retain_loss']:.3f}"
+    bar.set_postfix_str(found, refresh=False)
+    bar.update()
 
 
 def _runs(methods: Sequence[str], seeds: int) -> list[dict[str, Any]]:
@@ -123,6 +129,9 @@ def _runs(methods: Sequence[str], seeds: int) -> list[dict[str, Any]]:
     ]
 
 
+KEPT = ("before", "after", "seconds", "preparing", "bytes")
+
+
 class Job(NamedTuple):
     """A run to do."""
 
@@ -130,15 +139,32 @@ class Job(NamedTuple):
     config: Config
 
 
+# Measures of the pretrained model, which are the same in all runs of a process, by what
+# they depend on.
+_pretrained: dict[Any, dict[str, float]] = {}
+
+
 def _train(job: Job) -> dict[str, Any]:
+    method, config = METHODS[job.run["method"]], job.config
+    options: dict[str, Any] = {}
     # Much is the same in all runs, and compiled once by each process.
-    with compilation.kept_in(job.config.output.parent / f"compiled{os.getpid()}"):
-        found = train(job.config, progress=False)
+    with compilation.kept_in(config.output.parent / f"compiled{os.getpid()}"):
+        if method.optimizer is not None:
+            options["optimizer"] = method.optimizer
+        if method.loss is not None:
+            options["loss"] = method.loss(config)
+        measured = config.model, config.eval_data, config.retain_data, config.max_length
+        options["before"] = _pretrained.get(measured)
+        try:
+            found = train(config, progress=False, **options)
+            _pretrained[measured] = found["before"]
+            kept = {name: found[name] for name in KEPT}
+        except FloatingPointError:
+            kept = {"diverged": True}
     # Each run compiles functions of its own, which would stay in memory, and leaves a
     # model and a checkpoint.
     jax.clear_caches()
-    shutil.rmtree(job.config.output)
-    kept = {name: found[name] for name in ("before", "after", "seconds")}
+    shutil.rmtree(config.output)
     return job.run | kept | environment()
 
 
@@ -152,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done, wanted = len(results["runs"]), results.pop("wanted")
         if done < wanted:
             print(f"{done} of {wanted} runs; the same command goes on")
-        if not done:
+        if not results["pretrained"]:  # no run has come to its end
             return
         publish(results, args.output, report, plot)
 

@@ -22,7 +22,7 @@ REFERENCES = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}  # in every panel
 # The rest of Okabe and Ito's palette but its yellow, and a grey. What differs by a
 # filter alone has one colour: no filter is drawn through, a filter by its line.
 COLOURS = ("#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
-LINES = {"mofo": "--", "gradient": ":"}
+LINES = {"mofo": "--", "gradient": ":", "gain": "-."}
 MARKERS = "D^vPXdp<>*"  # each curve of a group has its own
 FORGOTTEN = ("retain_loss", "kl")
 
@@ -33,7 +33,8 @@ def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
     """Of each method [seeds, points, 2], of the seeds that have all points.
 
     A point is the held-out loss and what was measured; points are in the order of the
-    method's.
+    method's. Those that no seed has yet do not count, nor do those at which one
+    diverged.
     """
     found = {}
     for name, method in METHODS.items():
@@ -41,13 +42,17 @@ def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
         for run in results["runs"]:
             if run["method"] == name:
                 of_seeds.setdefault(run["seed"], []).append(run)
+        runs = [run for runs in of_seeds.values() for run in runs]
+        there = [run["point"] for run in runs]
+        diverged = [run["point"] for run in runs if "diverged" in run]
+        points = [x for x in method.points if x in there and x not in diverged]
         seeds = []
         for seed in sorted(of_seeds):
             of_point = [
                 [run["after"] for run in of_seeds[seed] if run["point"] == point]
-                for point in method.points
+                for point in points
             ]
-            if all(of_point):
+            if points and all(of_point):
                 seeds.append(
                     [(after["eval_loss"], after[measure]) for (after,) in of_point]
                 )
@@ -126,7 +131,10 @@ def report(results: Results) -> str:
         "",
         "Means over seeds, and half of the range. Touched: share of entries that are "
         "not the pretrained ones. Time: of the method's fastest training, over that of "
-        "AdamW.",
+        "AdamW. Preparing: writing texts and making the Fisher information, without "
+        "compiling, in steps of AdamW's training. Both: their sum over the time of "
+        "AdamW's training. Memory: what the compiled step needs at most, over that of "
+        "AdamW's. Empty where older runs did not measure it.",
         "",
     ]
     return "\n".join(lines)
@@ -140,42 +148,61 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
     """A table of the methods' points, as they were measured."""
     lines = [
         "| method | setting | seeds | held-out loss | retained-text loss | KL "
-        "| distance | touched | time |",
-        "|---" * 9 + "|",
+        "| distance | touched | time | preparing | both | memory |",
+        "|---" * 12 + "|",
     ]
     runs = results["runs"]
-    seconds = {name: _fastest(results, name) for name in METHODS}
     for name, method in METHODS.items():
         for point in method.points:
             these = [r for r in runs if (r["method"], r["point"]) == (name, point)]
             if not these or not chosen(name, point):
                 continue
+            cells = [method.title, describe(point), str(len(these))]
+            if lost := sum("diverged" in run for run in these):
+                cells += [f"{lost} diverged", *8 * [""]]
+                lines.append(f"| {' | '.join(cells)} |")
+                continue
             after = {
                 key: np.array([run["after"][key] for run in these])
                 for key in these[0]["after"]
             }
-            cells = [method.title, describe(point), str(len(these))]
             for key in ("eval_loss", "retain_loss", "kl"):
                 spread = np.ptp(after[key]) / 2
                 cells.append(f"{after[key].mean():.3f} ± {spread:.3f}")
             cells.append(f"{after['distance'].mean():.2f}")
             cells.append(f"{after['touched'].mean():.0%}")
-            ratio = seconds[name] / seconds["adamw"]
-            cells.append("" if np.isnan(ratio) else f"{ratio:.2f}")
+            cells += _costs(results, name)
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _fastest(results: Results, name: str) -> float:
-    """Seconds of the method's fastest run, which other work has slowed the least.
+def _costs(results: Results, name: str) -> list[str]:
+    """What a method takes beside AdamW, for the table."""
+    # NaN is where nothing was measured, and goes on through what is computed from it.
+    own, adamw = (
+        {what: _least(results, x, what) for what in ("seconds", "preparing", "bytes")}
+        for x in (name, "adamw")
+    )
+    preparing = own["preparing"] / adamw["seconds"]
+    cells = (
+        (own["seconds"] / adamw["seconds"], ".2f"),
+        (preparing * results["settings"]["steps"], ".0f"),
+        (own["seconds"] / adamw["seconds"] + preparing, ".2f"),
+        (own["bytes"] / adamw["bytes"], ".3f"),
+    )
+    return ["" if np.isnan(x) else f"{x:{form}}" for x, form in cells]
+
+
+def _least(results: Results, name: str, what: str) -> float:
+    """Of the method's runs, in that which other work has slowed the least.
 
     Of those with as many runs at a time as the last ones had; NaN where there is none.
     """
     workers = results["runs"][-1]["workers"]
     found = [
-        run["seconds"]
+        run[what]
         for run in results["runs"]
-        if (run["method"], run["workers"]) == (name, workers)
+        if (run["method"], run["workers"]) == (name, workers) and what in run
     ]
     return min(found, default=np.nan)
 

@@ -78,6 +78,8 @@ def measure(args: Args) -> dict[str, Any]:
     total = len(METHODS) * args.points + args.grid**2
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
+        args = args.with_made_data(scratch)
+        settings = args.settings() | {"rates": rates}
         held_out = args.held_out(scratch)
         configs = {
             method: args.configuration(
@@ -116,7 +118,6 @@ def measure(args: Args) -> dict[str, Any]:
                 for method, end in tuned.items()
             }
             places, plane = _plane(at, start, tuned, args.grid)
-    settings = args.settings() | {"rates": rates}
     settings["retained_characters"] = args.retained_characters
     return {
         "settings": settings,

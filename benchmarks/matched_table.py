@@ -23,8 +23,8 @@ def table(
     """
     places = [f"at {x:.3g} | gap | interval" for x in found]
     lines = [
-        f"| {' | '.join([*heads, *places])} |",
-        "|---" * (len(heads) + 3 * len(found)) + "|",
+        f"| {' | '.join([*heads, 'seeds', *places])} |",
+        "|---" * (len(heads) + 1 + 3 * len(found)) + "|",
     ]
     for name, title in titles.items():
         cells = []
@@ -38,7 +38,9 @@ def table(
                 cells.append(span(limits, f"+{form}"))
             else:  # what the others are held against
                 cells += [f"{row.mean:{form}}", "", ""]
-        if any(cells):
+        seeds = {rows[name].seeds for rows in found.values() if name in rows}
+        if seeds:
+            cells = [str(max(seeds)), *cells]
             lines.append(f"| {' | '.join([*title, *cells])} |")
     return lines
 

@@ -1,13 +1,16 @@
 """Which model and data a comparison of fine-tuning runs is of."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import tyro
 
-from benchmarks.forgetting_methods import METHODS, Settings
+from benchmarks import python_functions
+from benchmarks.forgetting_methods import MAIN, METHODS, Settings
 from examples.checks import check_name
+from examples.files import write_json_lines
 from examples.llama.training.config import Config
 
 
@@ -18,21 +21,36 @@ class Suite(NamedTuple):
     methods: tuple[str, ...]
     rate_scale: float  # times the learning rates of METHODS
     settings: Settings  # of all runs
+    # Writes the data, by their names, into a directory, where they are not in files;
+    # and what else than this program they depend on.
+    make: Callable[[Path], None] | None = None
+    made_of: Settings = {}  # noqa: RUF012
 
 
+def _write_python_functions(directory: Path) -> None:
+    functions = python_functions.standard_library()
+    write_json_lines(directory / PYTHON["data"], functions.training)
+    write_json_lines(directory / PYTHON["eval_data"], functions.held_out)
+
+
+STORIES = {
+    "model": "stories260K.bin",
+    "tokenizer": "tok512.bin",
+    "retain_data": "tinystories_excerpt.txt",
+}
+PYTHON = {"data": "python_train.jsonl", "eval_data": "python_test.jsonl"}
 GSM8K = {"data": "gsm8k_train.jsonl", "eval_data": "gsm8k_test.jsonl"}
 
 SUITES = {
-    "stories260k": Suite(
-        {
-            "model": "stories260K.bin",
-            "tokenizer": "tok512.bin",
-            "retain_data": "tinystories_excerpt.txt",
-        }
-        | GSM8K,
-        tuple(METHODS),
+    "stories260k": Suite(STORIES | GSM8K, tuple(METHODS), rate_scale=1.0, settings={}),
+    # Neither stories nor sums: the functions of Python's standard library.
+    "stories260k-python": Suite(
+        STORIES | PYTHON,
+        MAIN,
         rate_scale=1.0,
         settings={},
+        make=_write_python_functions,
+        made_of={"python": python_functions.version()},
     ),
     # Of the model that benchmarks.pretrain makes; as many runs as fit 20 minutes of a
     # large GPU.
@@ -50,7 +68,9 @@ class Inputs:
     """The flags that say what to train, and how long."""
 
     # A plain str, so that an unknown one is named in one line.
-    suite: Annotated[str, tyro.conf.arg(metavar="{stories260k,gpu}")] = "stories260k"
+    suite: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SUITES) + "}")] = (
+        "stories260k"
+    )
     """Which model, data, methods and learning rates, as far as the next ones do not say
     otherwise."""
     data_dir: tuple[Path, ...] = ()
@@ -105,7 +125,15 @@ class Inputs:
         scale = suite.rate_scale if self.rate_scale is None else self.rate_scale
         names = ("steps", "batch_size", "max_length", "eval_records")
         found |= {"rate_scale": scale} | {name: getattr(self, name) for name in names}
-        return found | suite.settings
+        return found | suite.settings | suite.made_of
+
+    def with_made_data(self, directory: Path) -> Self:
+        """The same with what the suite makes instead of having it, made there."""
+        check_name("suite", self.suite, SUITES)
+        if (make := SUITES[self.suite].make) is None:
+            return self
+        make(directory)
+        return dataclasses.replace(self, data_dir=(*self.data_dir, directory))
 
     def held_out(self, directory: Path) -> Path:
         """Writes the first of the held-out records."""

@@ -34,7 +34,7 @@ from examples.llama.model.llama import REMAT_POLICIES, Llama
 from examples.llama.model.parameters import DTypeName
 from examples.llama.model.sharding import make_mesh, put_batch, replicated
 from examples.llama.training.config import Config
-from examples.llama.training.optimizers import make_optimizer, make_schedule
+from examples.llama.training.optimizers import make_optimizer
 from examples.llama.training.steps import Fixed, compile_step, init_state, make_step
 
 SHAPES = {
@@ -113,10 +113,11 @@ def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], 
 
     graph, _ = nnx.split(nnx.eval_shape(new))
     params = jax.device_put(create(), replicated(mesh))
-    optimizer = make_optimizer(config, make_schedule(config, 9))
+    optimizer = make_optimizer(config)
     state = init_state(optimizer, params, mesh)
-    step = make_step(graph, optimizer, lambda _: 0.0, packed=False)
+    step = make_step(graph, optimizer, packed=False)
     compiled, fixed = None, Fixed(nnx.State({}))
+    rate = np.float32(config.learning_rate)
 
     def run(tokens: np.ndarray) -> float:
         nonlocal state, compiled
@@ -132,7 +133,7 @@ def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], 
         placed = put_batch(batch, mesh, 1)
         if compiled is None:
             compiled = compile_step(step, state, fixed, placed, mesh=mesh)
-        state, metrics = compiled(state, fixed, placed)
+        state, metrics = compiled(state, fixed, rate, placed)
         return float(metrics["loss"])
 
     return run

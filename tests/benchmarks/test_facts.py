@@ -115,7 +115,7 @@ def test_gaps_at_matched_losses(tmp_path):
     assert rows["mofo, usual"].mean == pytest.approx(mean, abs=1e-6)
     text = facts_report.report(made_up())
     row = next(x for x in text.splitlines() if x.startswith("| usual | MoFO 10%"))
-    assert [x.strip() for x in row.split("|")[4:6]] == ["+5.0", "+5.0 to +5.0"]
+    assert [x.strip() for x in row.split("|")[5:7]] == ["+5.0", "+5.0 to +5.0"]
     facts_report.plot(made_up(), tmp_path / "x.png")
     assert not facts_report.gaps(made_up(), "kl", 1e-6)
 

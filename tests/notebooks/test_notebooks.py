@@ -137,7 +137,7 @@ def test_frontier(tmp_path, parameters):
     }
     _, pictures = shown(execute("forgetting_frontier", small, tmp_path))
     assert pictures == 1
-    assert len(json.loads((tmp_path / "runs/frontier.json").read_text())["runs"]) == 8
+    assert len(json.loads((tmp_path / "runs/frontier.json").read_text())["runs"]) == 10
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,13 +31,13 @@ def next_token_loss(
     With `packed`, a row holds several texts as segments, and attention stays within a
     segment. Otherwise it holds one text, padded at the right.
 
-    With `pretrained`, the batch's "kl_weight" (float32 [B, L]) is how much of the
-    divergence from that model's predictions is added where a token is predicted. A
-    token outside of the loss mask that has one counts as well.
+    With `pretrained`, the batch's "kl_weight" (float32 [B, L], if there is one) is how
+    much of the divergence from that model's predictions is added where a token is
+    predicted. A token outside of the loss mask that has one counts as well.
     """
     hidden, targets, mask = predict(model, batch, packed)
     total = cross_entropy_sum(hidden, model.head(), targets, mask)
-    if pretrained is None:
+    if pretrained is None or "kl_weight" not in batch:
         return total, jnp.sum(mask, dtype=jnp.float32)
     other, _, _ = jax.lax.stop_gradient(predict(pretrained, batch, packed))
     weight = _of_next(batch["kl_weight"])

@@ -14,7 +14,7 @@ from examples.llama.training.flags import parse_interpolation, parse_penalties
 _Many = tyro.conf.UseAppendAction
 
 METHODS = (
-    *("adamw", "mofo", "lion", "mofo-lion"),
+    *("adamw", "sgd", "mofo", "lion", "mofo-lion"),
     *("gain", "gradient", "mv", "random", "hft"),
 )
 SELF = "self"  # the name of what the pretrained model writes, among replayed files
@@ -61,9 +61,9 @@ class Config:
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = (
         "mofo"
     )
-    """The optimizer. mofo-lion is the momentum filter over Lion; gain, gradient, mv
-    and random select by other scores than mofo, with the same Adam; hft is Adam on half
-    of the matrices, drawn by the seed."""
+    """The optimizer. sgd has momentum 0.9; mofo-lion is the momentum filter over Lion;
+    gain, gradient, mv and random select by other scores than mofo, with the same Adam;
+    hft is Adam on half of the matrices, drawn by the seed."""
     alpha: float = 0.1
     """The fraction of each parameter that moves in a step, above 0 and up to 1."""
     learning_rate: float = 2e-5

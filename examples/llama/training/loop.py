@@ -17,30 +17,52 @@ from examples import terminal
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.model.flops import peak_flops, training_flops
+from examples.llama.model.loss import next_token_loss
 from examples.llama.model.sharding import put_batch
 from examples.llama.reporting.measured import MEASURES
 from examples.llama.text.rows import records_of
 from examples.llama.training.checkpoint import Checkpoints, check_space
 from examples.llama.training.config import Config
 from examples.llama.training.log import MetricsLog
+from examples.llama.training.optimizers import MakeOptimizer, make_optimizer
 from examples.llama.training.parsing import settings
 from examples.llama.training.replay import save_self_replay
 from examples.llama.training.results import finish, interpolated, sample
 from examples.llama.training.setup import Run, describe, set_up
-from examples.llama.training.steps import compile_step, make_step
+from examples.llama.training.steps import Loss, compile_step, make_step, peak_bytes
 from examples.llama.training.streams import Streams
 from mofo_jax.continual import project_gradient
 
 
-def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
+def train(
+    config: Config,
+    *,
+    progress: bool = True,
+    optimizer: MakeOptimizer = make_optimizer,
+    loss: Loss = next_token_loss,
+    before: dict[str, float] | None = None,
+) -> dict[str, Any]:
     """Runs what `config` describes, with a bar and printed evaluations if `progress`.
+
+    Args:
+      config: The settings. A run that goes on needs the same other arguments, too.
+      progress: Whether to show and say anything.
+      optimizer: Makes the optimizer of the settings, instead of that of their method.
+        The learning rate is an extra argument of its updates, `learning_rate`, to be
+        applied inside, as by `optimizers.scale_by_given_learning_rate`.
+      loss: What to train by, in place of `next_token_loss`, with the same arguments.
+        It gets the pretrained model, if `config.reference`.
+      before: Measures of the pretrained model that another run has, not to be measured
+        again.
 
     Returns:
       "before" and "after", each a dictionary of those of MEASURES that can be
       measured, which a rerun gives again; and of the training since the last restart,
       without compilation and evaluation, "seconds", "milliseconds_per_step",
       "tokens_per_second" and "mfu", the share of the devices' peak that the model's
-      own operations took.
+      own operations took; "preparing", the seconds in which texts and Fisher
+      information were made, without compilation; and "bytes", what the compiled
+      training step needs at most on each device, all that it reads included.
 
     Raises:
       ValueError, OSError: Something is wrong with the configuration, a file or the
@@ -51,7 +73,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     first = jax.process_index() == 0
     progress = progress and first
     say = tqdm.write if progress else lambda _: None
-    run = set_up(config, say, progress=progress)
+    run = set_up(config, say, progress=progress, optimizer=optimizer, loss=loss)
     output = config.output
     check_space(output, run.state, config.keep)
     if first and not (output / "config.json").exists():
@@ -65,7 +87,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     checkpoints = Checkpoints(output / "checkpoints", keep=config.keep)
     log = MetricsLog(output, checkpoints.latest, first)
     try:
-        loop = _Loop(run, checkpoints, log, progress=progress)
+        loop = _Loop(run, checkpoints, log, progress=progress, before=before)
         # Several processes need JAX's own handler of SIGTERM; see `_stopping`.
         stop = terminal.StopRequest()
         alone = jax.process_count() == 1
@@ -83,6 +105,8 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
         "milliseconds_per_step": 1000 * loop.seconds / trained,
         "tokens_per_second": rate,
         "mfu": mfu,
+        "preparing": run.preparing,
+        "bytes": loop.bytes,
     }
     result = finish(run, loop.state, speed)
     say(f"{'':54}{'before':>10}{'after':>10}")
@@ -100,10 +124,17 @@ class _Loop:
     """The steps of a run from its last checkpoint on, and the speed they went at."""
 
     def __init__(
-        self, run: Run, checkpoints: Checkpoints, log: MetricsLog, *, progress: bool
+        self,
+        run: Run,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        *,
+        progress: bool,
+        before: dict[str, float] | None,
     ):
         config = run.config
         self.run, self.checkpoints, self.log = run, checkpoints, log
+        self.before = before
         self.training = run.datasets.training
         self.batches = Streams(run.datasets, config)
         self.say = tqdm.write if progress else lambda _: None
@@ -128,17 +159,20 @@ class _Loop:
         # Results of the last step, still on the device, and the rows of its batch.
         self.pending: tuple[int, Any, np.ndarray] | None = None
         self.seconds, self.tokens, self.started = 0.0, 0.0, 0.0
+        self.bytes = 0
 
     def __call__(self, stop: terminal.StopRequest) -> None:
         config, steps = self.run.config, self.run.steps
         if self.first is None:
-            self.evaluate(0)
+            self.evaluate(0, self.before)
         self.bar.set_description("compiling")
         run_step = self.compile()
+        self.bytes = peak_bytes(run_step)
         self.go_on()
         for step in range((self.first or 0) + 1, steps + 1):
             batches, rows = self.next_batches()
-            self.state, metrics = run_step(self.state, self.run.fixed, *batches)
+            rate = self.run.learning_rates[step - 1]
+            self.state, metrics = run_step(self.state, self.run.fixed, rate, *batches)
             self.settle()  # the step before, while this one runs
             self.pending = step, metrics, rows
             signum = _stopping(stop, self.checkpoints, step)
@@ -179,8 +213,8 @@ class _Loop:
         step = make_step(
             run.graph,
             run.optimizer,
-            run.schedule,
             packed=run.config.pack,
+            loss=run.loss,
             reference=run.reference,
             project=project,
         )
@@ -229,9 +263,9 @@ class _Loop:
         rate = self.tokens / max(seconds, 1e-9)
         return rate, rate * self.flops / self.peak
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int, known: dict[str, float] | None = None) -> None:
         self.bar.set_description("evaluating")
-        values = self.run.measures(self.state.params)
+        values = known or self.run.measures(self.state.params)
         self.log.write(step, values, "eval")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step}: {shown}")

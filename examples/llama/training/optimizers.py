@@ -5,20 +5,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from examples.llama.training.config import Config
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
 from mofo_jax.continual import add_distance_penalty, half_fine_tuning_mask
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+# Of a configuration; updates get the extra argument `learning_rate`, and what else
+# `steps.make_step` says.
+MakeOptimizer = Callable[[Config], optax.GradientTransformation]
 
 # What the methods select by, with the same Adam.
 SCORES = {"mofo": "momentum", "gain": "gain", "gradient": "gradient", "mv": "update"}
 
 
-def make_schedule(config: Config, steps: int) -> Schedule:
-    """The learning rate at each step, from 0 to `steps`.
+def learning_rates(config: Config, steps: int) -> np.ndarray:
+    """The learning rate of each step, float32 [steps].
 
     Raises:
       ValueError: The warm-up is not shorter than the run.
@@ -32,14 +35,34 @@ def make_schedule(config: Config, steps: int) -> Schedule:
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
-    if not warmup:
-        return after
-    rising = optax.linear_schedule(0.0, peak, warmup)
-    return optax.join_schedules([rising, after], [warmup])
+    if warmup:
+        rising = optax.linear_schedule(0.0, peak, warmup)
+        after = optax.join_schedules([rising, after], [warmup])
+    with jax.numpy_dtype_promotion("standard"):  # integers divided by integers
+        found = np.asarray(after(jnp.arange(steps)), np.float32)
+    return np.broadcast_to(found, (steps,))  # a constant one is a scalar
 
 
-def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransformation:
+def scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """As `optax.scale_by_learning_rate`, of the extra argument `learning_rate`.
+
+    An input of the training step, not a constant in it, has runs with other learning
+    rates, schedules and lengths share one compiled program.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **_: Any
+    ) -> Any:
+        rate = -jnp.asarray(learning_rate)
+        return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Penalties, clipping, the method and weight decay, as one transformation.
+
+    Its updates need the extra argument `learning_rate`, a scalar.
 
     Adam's constants are those of the authors' code, Lion's those of its paper, and the
     filter leaves norms to the plain optimizer, as the authors' code does. Penalties
@@ -52,7 +75,7 @@ def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransfor
         _direction(config),
         decay or optax.identity(),
         _penalty(strengths, "-decoupled"),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_given_learning_rate(),
     )
     if config.method == "hft":
         method = _half(method, config.seed)
@@ -80,6 +103,8 @@ def _direction(config: Config) -> optax.GradientTransformation:
         return filter_by_momentum(adam, config.alpha, **common)
     if config.method == "mofo-lion":
         return filter_by_momentum(lion, config.alpha, **common)
+    if config.method == "sgd":
+        return optax.trace(0.9, accumulator_dtype=mu_dtype)
     return lion if config.method == "lion" else adam
 
 

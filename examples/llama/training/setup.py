@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from examples.compilation import Stopwatch
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
@@ -27,10 +29,14 @@ from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
 from examples.llama.training.checks import check
 from examples.llama.training.config import Config
 from examples.llama.training.measures import Measures
-from examples.llama.training.optimizers import Schedule, make_optimizer, make_schedule
+from examples.llama.training.optimizers import (
+    MakeOptimizer,
+    learning_rates,
+    make_optimizer,
+)
 from examples.llama.training.parsing import same_run
 from examples.llama.training.replay import Datasets, add_self_replay, load_data
-from examples.llama.training.steps import Fixed, TrainState, init_state
+from examples.llama.training.steps import Fixed, Loss, TrainState, init_state
 from mofo_jax.continual import fisher_diagonal
 
 
@@ -50,14 +56,23 @@ class Run(NamedTuple):
     lora_scale: float
     reference: nnx.GraphDef | None  # of the pretrained model, where the loss needs it
     optimizer: optax.GradientTransformation
-    schedule: Schedule
+    loss: Loss
+    learning_rates: np.ndarray  # float32 [steps]
     measures: Measures
+    preparing: float  # seconds in which texts and Fisher information were made
 
 
 def set_up(
-    config: Config, say: Callable[[str], None], *, progress: bool = False
+    config: Config,
+    say: Callable[[str], None],
+    *,
+    progress: bool = False,
+    optimizer: MakeOptimizer = make_optimizer,
+    loss: Loss = next_token_loss,
 ) -> Run:
     """Loads and builds everything; writes nothing. `progress` shows bars.
+
+    Args: As of `loop.train`.
 
     Raises:
       ValueError, OSError: See `loop.train`.
@@ -81,7 +96,11 @@ def set_up(
         sharding=parameter_sharding(mesh),
     )
     check_model(config, model, datasets)
-    datasets = add_self_replay(datasets, config, model, tokenizer, progress=progress)
+    preparing = Stopwatch()
+    with preparing:
+        datasets = add_self_replay(
+            datasets, config, model, tokenizer, progress=progress
+        )
     model.remat = config.remat
 
     plain_graph, pretrained = nnx.split(model)
@@ -119,31 +138,38 @@ def set_up(
         replayed = sum(weights) / sum(weights[: datasets.learned])
         examples = learned * replayed
         steps = max(1, math.ceil(config.epochs * examples / config.batch_size))
-    schedule = make_schedule(config, steps)
-    optimizer = make_optimizer(config, schedule)
+    rates = learning_rates(config, steps)
+    transformation = optimizer(config)
     kinds = config.penalties
     soft = "kl" in kinds or datasets.soft_from is not None
+    soft |= config.reference and loss is not next_token_loss
     needed = kinds or soft or config.interpolation is not None
     fisher = None
     if "ewc" in kinds:
         assert datasets.fisher is not None, "check asks for fisher_data"
-        fisher = estimate_fisher(config, graph, params, frozen, datasets.fisher, mesh)
+        with preparing:
+            fisher = estimate_fisher(
+                config, graph, params, frozen, datasets.fisher, mesh
+            )
+            jax.block_until_ready(fisher)
     return Run(
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
         datasets=datasets,
         steps=steps,
-        state=init_state(optimizer, params, mesh),
+        state=init_state(transformation, params, mesh),
         fixed=Fixed(frozen, pretrained if needed else None, fisher),
         architecture=model.config,
         graph=graph,
         plain=plain,
         lora_scale=lora_scale,
         reference=plain_graph if soft else None,
-        optimizer=optimizer,
-        schedule=schedule,
+        optimizer=transformation,
+        loss=loss,
+        learning_rates=rates,
         measures=measures,
+        preparing=preparing.seconds,
     )
 
 

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from examples.llama.model.loss import Batch, next_token_loss
 from examples.llama.model.sharding import replicated, shardings_of, state_shardings
-from examples.llama.training.optimizers import Schedule
+
+# As `next_token_loss`: of a model, a batch and the keywords `packed` and `pretrained`.
+Loss = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class TrainState(NamedTuple):
@@ -45,20 +47,24 @@ def init_state(
 def make_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    schedule: Schedule,
     *,
     packed: bool,
+    loss: Loss = next_token_loss,
     reference: nnx.GraphDef | None = None,
     project: Callable[[Any, Sequence[Any]], Any] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A function of the state, `Fixed` and a batch; jit it and donate the state.
+    """A function of the state, `Fixed`, the learning rate and a batch.
+
+    Jit it and donate the state. The optimizer gets the learning rate as the extra
+    argument `learning_rate`, the batch's loss as `value`, as Optax names it, and for
+    penalties the pretrained parameters and their Fisher information.
 
     A batch's arrays are [parts, rows, L]. The parts are computed one after another, and
     every counted token weighs the same whatever its part, so that the gradient is that
-    of the whole batch. With `reference`, the graph of the pretrained model, a batch has
-    a "kl_weight" for each token, see `next_token_loss`. With `project` the function
-    takes a sequence of other batches as well, and the gradient is
-    `project(gradient, theirs)`.
+    of the whole batch. With `reference`, the graph of the pretrained model, the loss
+    gets that model, and a batch may have a "kl_weight", see `next_token_loss`. With
+    `project` the function takes a sequence of other batches as well, and the gradient
+    is `project(gradient, theirs)`.
 
     Metrics: "loss" (nats per counted token), "gradient_norm" (not clipped),
     "learning_rate", and "tokens", the real ones, counted or not.
@@ -68,9 +74,9 @@ def make_step(
         # A copy: under nnx.remat the frozen variables may not be those of outside.
         model = nnx.merge(graph, params, fixed.frozen, copy=True)
         pretrained = None
-        if reference is not None and "kl_weight" in part:
+        if reference is not None:
             pretrained = nnx.merge(reference, fixed.pretrained)
-        return next_token_loss(model, part, packed=packed, pretrained=pretrained)
+        return loss(model, part, packed=packed, pretrained=pretrained)
 
     differentiate = jax.value_and_grad(loss_sum, has_aux=True)
 
@@ -88,31 +94,36 @@ def make_step(
             start = jnp.float32(0), jnp.float32(0)
             zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
             sums, _ = jax.lax.scan(add, (start, zeros), batch)
-        (loss, count), gradients = sums
+        (total, count), gradients = sums
         count = jnp.maximum(count, 1)
         gradients = jax.tree.map(
             lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype),
             gradients,
             params,
         )
-        return loss / count, gradients
+        return total / count, gradients
 
     def train_step(
-        state: TrainState, fixed: Fixed, batch: Batch, others: Sequence[Batch] = ()
+        state: TrainState,
+        fixed: Fixed,
+        learning_rate: jax.Array,
+        batch: Batch,
+        others: Sequence[Batch] = (),
     ) -> Any:
         params = state.params
-        loss, gradients = mean_gradient(params, fixed, batch)
+        value, gradients = mean_gradient(params, fixed, batch)
         if project is not None:
             theirs = [mean_gradient(params, fixed, other)[1] for other in others]
             gradients = project(gradients, theirs)
-        extra = {"reference": fixed.pretrained, "fisher": fixed.fisher}
+        extra = {"learning_rate": learning_rate, "value": value}
+        extra |= {"reference": fixed.pretrained, "fisher": fixed.fisher}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             gradients, state.opt_state, params, **extra
         )
         metrics = {
-            "loss": loss,
+            "loss": value,
             "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": learning_rate,
             "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
         }
         params = optax.apply_updates(params, updates)
@@ -125,7 +136,11 @@ def make_step(
 def compile_step(
     train_step: Any, state: TrainState, fixed: Fixed, *batches: Any, mesh: Mesh
 ) -> Any:
-    """The step compiled for these shapes, its state staying where it lies."""
+    """The step compiled for these shapes, its state staying where it lies.
+
+    The learning rate is a float32 scalar.
+    """
+    learning_rate = jax.ShapeDtypeStruct((), jnp.float32)
     everywhere = replicated(mesh)
     compiled = jax.jit(
         train_step,
@@ -134,4 +149,11 @@ def compile_step(
     )
     # Promotion: the gradient of jax.nn.dot_product_attention, and Optax.
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        return compiled.lower(state, fixed, *batches).compile()
+        return compiled.lower(state, fixed, learning_rate, *batches).compile()
+
+
+def peak_bytes(compiled: Any) -> int:
+    """What a compiled program needs at most on each device, inputs included."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes

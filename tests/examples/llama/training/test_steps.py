@@ -31,18 +31,18 @@ def batch_of(rows, seed=0):
 
 
 def run(batch, parts=1, packed=False, mesh="fsdp=1", steps=1, **options):
-    """The state and metrics after a step of SGD with learning rate 1."""
+    """The state and metrics after steps of SGD, whose learning rate of 1 is its own."""
     mesh = make_mesh(mesh)
     graph, params, frozen = nnx.split(make(**options), nnx.Param, ...)
     params = jax.device_put(params, replicated(mesh))
     optimizer = optax.sgd(1.0)
     state = init_state(optimizer, params, mesh)
-    step = make_step(graph, optimizer, lambda _: 0.125, packed=packed)
+    step = make_step(graph, optimizer, packed=packed)
     placed = put_batch(batch, mesh, parts)
     fixed = Fixed(frozen)
     compiled = compile_step(step, state, fixed, placed, mesh=mesh)
     for _ in range(steps):
-        state, metrics = compiled(state, fixed, placed)
+        state, metrics = compiled(state, fixed, np.float32(0.125), placed)
     return state, metrics
 
 
@@ -166,11 +166,11 @@ def test_soft_targets_and_kl():
     value, gradients = jax.jit(jax.value_and_grad(expected))(params)
     norm = float(optax.tree.norm(gradients))
     state = init_state(optimizer, params, mesh)
-    step = make_step(graph, optimizer, lambda _: 0.0, packed=False, reference=graph)
+    step = make_step(graph, optimizer, packed=False, reference=graph)
     placed = put_batch(batch, mesh, 2)
     fixed = Fixed(nnx.State({}), other)
     _, metrics = compile_step(step, state, fixed, placed, mesh=mesh)(
-        state, fixed, placed
+        state, fixed, np.float32(0), placed
     )
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
@@ -187,7 +187,7 @@ def test_projection_gets_the_other_batches_gradients():
         assert len(theirs) == 2
         return jax.tree.map(lambda _, a, b: a - 2 * b, own, *theirs)
 
-    step = make_step(graph, optimizer, lambda _: 0.0, packed=False, project=project)
+    step = make_step(graph, optimizer, packed=False, project=project)
     batch, *others = [put_batch(x, mesh, 1) for x in batches]
     fixed = Fixed(nnx.State({}))
     compiled = compile_step(step, state, fixed, batch, others, mesh=mesh)
@@ -199,7 +199,7 @@ def test_projection_gets_the_other_batches_gradients():
     ]
     expected = jax.tree.map(lambda a, b: a - 2 * b, *gradients[1:])
     start = jax.tree.map(np.asarray, params)
-    after, _ = compiled(state, fixed, batch, others)
+    after, _ = compiled(state, fixed, np.float32(0), batch, others)
     for p, g, q in zip(
         *map(jax.tree.leaves, (start, expected, after.params)), strict=True
     ):
