@@ -9,12 +9,22 @@ import optax
 
 from examples.llama.training.config import Config
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
-from mofo_jax.continual import add_distance_penalty, half_fine_tuning_mask
+from mofo_jax.continual import (
+    add_distance_penalty,
+    half_fine_tuning_mask,
+    scale_by_fisher,
+)
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 # What the methods select by, with the same Adam.
-SCORES = {"mofo": "momentum", "gain": "gain", "gradient": "gradient", "mv": "update"}
+SCORES = {
+    "mofo": "momentum",
+    "gain": "gain",
+    "keep": "gain",
+    "gradient": "gradient",
+    "mv": "update",
+}
 
 
 def make_schedule(config: Config, steps: int) -> Schedule:
@@ -43,7 +53,8 @@ def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransfor
 
     Adam's constants are those of the authors' code, Lion's those of its paper, and the
     filter leaves norms to the plain optimizer, as the authors' code does. Penalties
-    need extra arguments, see `mofo_jax.continual.add_distance_penalty`.
+    need extra arguments, see `mofo_jax.continual.add_distance_penalty`; so does
+    `importance`, the Fisher information that divides steps.
     """
     strengths = config.penalties
     # A decay of 0 would still be computed.
@@ -72,15 +83,42 @@ def _direction(config: Config) -> optax.GradientTransformation:
     }
     adam = optax.scale_by_adam(**constants)
     common: dict[str, Any] = {"filter_mask": all_but_norms_and_biases}
-    if config.method in SCORES:
+    plain = lion if config.method in ("lion", "mofo-lion") else adam
+    if config.importance_source is not None:
+        # Within the filter, which has to rank the steps as they are made.
+        plain = optax.chain(plain, _metric())
+    elif config.method in SCORES:
         score = SCORES[config.method]
         return scale_by_mofo(config.alpha, **constants, score=score, **common)
+    if config.method in SCORES:
+        # The gain is that of what is added to the parameters.
+        descent = optax.chain(plain, optax.scale(-1.0))
+        common |= {"score": SCORES[config.method]}
+        filtered = filter_by_momentum(descent, config.alpha, **common)
+        return optax.chain(filtered, optax.scale(-1.0))
     if config.method == "random":
         common |= {"score": "random", "seed": config.seed}
-        return filter_by_momentum(adam, config.alpha, **common)
+        return filter_by_momentum(plain, config.alpha, **common)
     if config.method == "mofo-lion":
-        return filter_by_momentum(lion, config.alpha, **common)
-    return lion if config.method == "lion" else adam
+        return filter_by_momentum(plain, config.alpha, **common)
+    return plain
+
+
+def _metric() -> optax.GradientTransformationExtraArgs:
+    """Divides by the extra argument `importance`; `fisher` is what EWC weighs by."""
+    scale = scale_by_fisher()
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        importance: Any = None,
+        **_: Any,
+    ) -> Any:
+        return scale.update(updates, state, params, fisher=importance)
+
+    return optax.GradientTransformationExtraArgs(scale.init, update)
 
 
 def _half(method: optax.GradientTransformation, seed: int) -> Any:

@@ -28,6 +28,7 @@ class Fixed(NamedTuple):
     frozen: nnx.State  # parameters that do not train
     pretrained: nnx.State | None = None  # all parameters, as they were
     fisher: Any = None  # their Fisher information, for EWC
+    importance: Any = None  # that of the trained ones, which divides steps
 
 
 def init_state(
@@ -105,7 +106,11 @@ def make_step(
         if project is not None:
             theirs = [mean_gradient(params, fixed, other)[1] for other in others]
             gradients = project(gradients, theirs)
-        extra = {"reference": fixed.pretrained, "fisher": fixed.fisher}
+        extra = {
+            "reference": fixed.pretrained,
+            "fisher": fixed.fisher,
+            "importance": fixed.importance,
+        }
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             gradients, state.opt_state, params, **extra
         )
