@@ -39,7 +39,7 @@ def partially_adaptive(config: Config) -> optax.GradientTransformation:
 
 def at_unit_scale() -> optax.GradientTransformationExtraArgs:
     """Updates over the running root of their mean square, of all leaves together."""
-    scale = scale_by_fisher(power=0.0)
+    scale = scale_by_fisher()
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         ones = optax.tree.ones_like(updates)

@@ -1,8 +1,9 @@
 """JSON that is checked, and files that are written whole or not at all."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,26 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes beside `path` and renames: a reader finds the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write what becomes `path`: a reader finds the old file or the new one.
+
+    The new file is written beside `path` and renamed at the end. After an error it is
+    removed, and `path` is as it was.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file whole or not at all; see `replacing`."""
+    with replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

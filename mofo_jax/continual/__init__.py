@@ -23,6 +23,7 @@ from mofo_jax.continual._scores import (
     forward_transfer,
     overall_performance,
 )
+from mofo_jax.continual._self_fisher import self_fisher
 
 __all__ = [
     "Comparison",
@@ -42,5 +43,6 @@ __all__ = [
     "pareto_frontier",
     "project_gradient",
     "scale_by_fisher",
+    "self_fisher",
     "value_at_loss",
 ]

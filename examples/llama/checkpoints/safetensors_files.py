@@ -1,8 +1,9 @@
-"""The safetensors of a Hugging Face checkpoint, in one file or in several.
+"""Files of safetensors, such as those of a Hugging Face checkpoint, one or several.
 
 Tensors are read and written one at a time, whatever the size of a file.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -45,7 +46,7 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
       ValueError: A file is absent, damaged or a pickle, or the index is wrong.
     """
     if (directory / WEIGHTS).is_file():
-        return dict(_header(directory / WEIGHTS))
+        return read_header(directory / WEIGHTS)
     index = directory / INDEX
     if not index.is_file():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
@@ -68,7 +69,7 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
         if not (directory / file).is_file():
             raise ValueError(f"{index}: lists {file}, which is not there")
     for file in sorted(set(listed.values())):
-        for name, tensor in _header(directory / file):
+        for name, tensor in read_header(directory / file).items():
             if listed.get(name) != file:
                 raise ValueError(
                     f"{directory / file}: holds tensor {name}, which {INDEX} has in "
@@ -83,13 +84,28 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def _header(file: Path) -> Iterator[tuple[str, Tensor]]:
+def read_header(file: Path) -> dict[str, Tensor]:
+    """What one file holds, by name; ValueError where it is damaged."""
+    found = {}
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118, it is no mapping
+            entry = tensors.get_slice(name)
+            shape = tuple(entry.get_shape())
+            found[name] = Tensor(file, shape, entry.get_dtype())
+    return found
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a file's header holds by name; ValueError where it is damaged."""
+    with _opened(file) as tensors:
+        return tensors.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, it is no mapping
-                entry = tensors.get_slice(name)
-                shape = tuple(entry.get_shape())
-                yield name, Tensor(file, shape, entry.get_dtype())
+            yield tensors
     except SafetensorError as error:
         raise ValueError(
             f"{file}: not safetensors, or damaged: {error}{_where_cut(file)}"
@@ -124,6 +140,41 @@ def read_tensor(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
         raise ValueError(f"{file}: tensor {name}: {error}") from None
 
 
+def write_file(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterator[np.ndarray],
+    metadata: Mapping[str, str] = METADATA,
+) -> None:
+    """Writes one new file; safetensors' own writer would need all of it in memory.
+
+    Args:
+      file: Where to; nothing is there yet.
+      shapes: Of the tensors, by name.
+      dtype: Of all of them, float32, bfloat16 or float16.
+      tensors: As many as `shapes`, in its order, are taken one by one.
+      metadata: What `read_metadata` returns.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {
+            "dtype": DTYPES[dtype.name],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # aligns the data
+    with file.open("xb") as data:
+        data.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            tensor = next(tensors)
+            assert tensor.shape == shape and tensor.dtype == dtype
+            data.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+
 def write_tensors(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -132,8 +183,6 @@ def write_tensors(
     max_bytes: int,
 ) -> None:
     """Writes model.safetensors, or files of up to `max_bytes` and their index.
-
-    safetensors' own writer would need all tensors of a file in memory at once.
 
     Args:
       directory: Where to; it has no such files yet.
@@ -156,23 +205,8 @@ def write_tensors(
     for number, names in enumerate(parts, start=1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         file = WEIGHTS if len(parts) == 1 else file
-        header: dict[str, Any] = {"__metadata__": METADATA}
-        end = 0
-        for name in names:
-            start, end = end, end + sizes[name]
-            header[name] = {
-                "dtype": DTYPES[dtype.name],
-                "shape": shapes[name],
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # aligns the data
-        with (directory / file).open("xb") as data:
-            data.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                tensor = next(remaining)
-                assert tensor.shape == shapes[name] and tensor.dtype == dtype
-                data.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        part = {name: shapes[name] for name in names}
+        write_file(directory / file, part, dtype, remaining)
         weight_map |= dict.fromkeys(names, file)
     if len(parts) > 1:
         total = {"total_size": sum(sizes.values())}
@@ -183,7 +217,6 @@ def write_tensors(
 def written_here(file: Path) -> bool:
     """Whether `write_tensors` wrote a file."""
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            return tensors.metadata() == METADATA
-    except SafetensorError:
+        return read_metadata(file) == METADATA
+    except ValueError:
         return False

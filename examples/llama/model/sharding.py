@@ -117,6 +117,18 @@ def parameter_sharding(
     return sharding
 
 
+def fisher_sharding(
+    mesh: Mesh,
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """As `parameter_sharding`, for Fisher information.
+
+    The factors of a parameter, NAME/rows and NAME/columns, are small, so every device
+    has them whole.
+    """
+    dense = parameter_sharding(mesh)
+    return lambda name, shape: replicated(mesh) if "/" in name else dense(name, shape)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

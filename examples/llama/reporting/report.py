@@ -42,6 +42,14 @@ MAPS = {
         "Percentage of a tensor's entries that training has changed.",
     ),
 }
+STEPS = {
+    "step": Measure(
+        "Typical step per layer",
+        "",
+        "Relative to the mean over all entries. The metric makes it small where the "
+        "Fisher information is large.",
+    )
+}
 COLUMNS = ("q", "k", "v", "o", "gate", "up", "down", "norms")
 BELOW = {
     "embed_tokens.embedding": "embedding",
@@ -65,6 +73,8 @@ def write_report(
     after: Numbers,
     per_tensor: Tensors,
     samples: Sequence[Mapping[str, str]],
+    importance: Mapping[str, Any] | None = None,
+    steps: Tensors | None = None,
 ) -> None:
     """Writes a report as one HTML file with its images inside.
 
@@ -86,6 +96,11 @@ def write_report(
         are then shown relative), "touched" (0 to 1), and "size" (its entries, by
         which the shares of a layer's two norms are weighted).
       samples: Each with "prompt", "before", "after", and "expected" if that is known.
+      importance: How the texts were drawn whose Fisher information divides steps:
+        "source" ("self" or a file), "model", "texts", "max_length", "temperature" and
+        "seed".
+      steps: By parameter name, "step", the mean factor by which the metric scales the
+        tensor's entries, relative to that of all entries, and "size".
 
     Raises:
       OSError: The file cannot be written. What was at `path` is still there.
@@ -102,7 +117,9 @@ def write_report(
         summary=list(_summary(before, after)),
         speed=list(_speed(after)),
         curves=list(_curves(metrics)),
-        heat_maps=list(_heat_maps(per_tensor)),
+        heat_maps=list(_heat_maps(per_tensor, MAPS)),
+        importance="" if importance is None else _drawn(importance),
+        step_maps=list(_heat_maps(steps or {}, STEPS)),
         tensors=_tensor_table(per_tensor),
         samples=samples,
         config=list(_flat(config)),
@@ -183,6 +200,20 @@ def _speed(after: Numbers) -> Iterator[tuple[str, str]]:
         yield "Training time", f"{seconds:.1f} s" if seconds < 120 else clock
 
 
+def _drawn(importance: Mapping[str, Any]) -> str:
+    """How the texts of a Fisher information were drawn, in sentences."""
+    model, source = importance["model"], importance["source"]
+    own = source == "self"
+    writer = "the pretrained model itself" if own else f"the model {model}"
+    where = "" if own else f" It was read from {source}."
+    return (
+        "Each step is divided by the Fisher information of texts that "
+        f"{writer} wrote: {importance['texts']} texts of up to "
+        f"{importance['max_length']} tokens, drawn at temperature "
+        f"{importance['temperature']:g} with seed {importance['seed']}.{where}"
+    )
+
+
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -245,7 +276,7 @@ def _measure(tensors: Sequence[Mapping[str, float]], name: str) -> float | None:
     if any(key not in tensor for key in needed for tensor in tensors):
         return None
     values = {key: [to_float(tensor[key]) for tensor in tensors] for key in needed}
-    if name == "touched":
+    if name in ("touched", "step"):
         return float(
             np.average(values[name], weights=[x.get("size", 1) for x in tensors])
         )
@@ -256,7 +287,9 @@ def _measure(tensors: Sequence[Mapping[str, float]], name: str) -> float | None:
     return distance / norm if norm else math.nan
 
 
-def _heat_maps(per_tensor: Tensors) -> Iterator[dict[str, Any]]:
+def _heat_maps(
+    per_tensor: Tensors, maps: Mapping[str, Measure]
+) -> Iterator[dict[str, Any]]:
     cells: dict[tuple[str, str], list[Mapping[str, float]]] = {}
     for name, values in per_tensor.items():
         if match := IN_LAYER.fullmatch(name):
@@ -267,7 +300,7 @@ def _heat_maps(per_tensor: Tensors) -> Iterator[dict[str, Any]]:
     others = len(per_tensor) - sum(map(len, cells.values()))
     more = f" {others} tensors of other names are in the table only." if others else ""
     drawn = []
-    for name, measure in MAPS.items():
+    for name, measure in maps.items():
         found = {k: x for k, t in cells.items() if (x := _measure(t, name)) is not None}
         if not found or (name == "distance" and "relative" in drawn):
             continue
@@ -279,12 +312,18 @@ def _heat_maps(per_tensor: Tensors) -> Iterator[dict[str, Any]]:
         below = {x: found["", x] for x in BELOW.values() if ("", x) in found}
         colours = "cividis" if name == "touched" else "viridis"
         figure = plots.heat_map(
-            layers, below, COLUMNS, percent=name != "distance", colours=colours
+            layers,
+            below,
+            COLUMNS,
+            percent=name in ("relative", "touched"),
+            colours=colours,
         )
-        (layer, column), top = max(found.items(), key=lambda x: np.nan_to_num(x[1]))
+        # The metric is looked at for what it holds still, all else for what moved.
+        pick, extreme = (min, "smallest") if name == "step" else (max, "largest")
+        (layer, column), value = pick(found.items(), key=lambda x: np.nan_to_num(x[1]))
         where = f"{column} of layer {layer}" if layer else column
         yield {
             "measure": measure._replace(caption=measure.caption + more),
             "image": plots.svg(figure),
-            "alt": f"{measure.title}, largest in {where}: {_text(top, name)}",
+            "alt": f"{measure.title}, {extreme} in {where}: {_text(value, name)}",
         }

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 
 from examples.checks import check_least, check_seed, check_writable
+from examples.llama.checkpoints.fisher_files import read_origin
+from examples.llama.model.parameters import DTypeName
 from examples.llama.text.tokenizer import tokenizer_path
 from examples.llama.training.config import METHODS, SELF, Config
 
@@ -46,6 +48,7 @@ def check(config: Config) -> None:
         "samples": 0,
         "fisher_records": 1,
         "self_replay_rows": 1,
+        "importance_texts": 1,
     }
     for name, least in least_of.items():
         check_least(name, getattr(config, name), least)
@@ -64,13 +67,25 @@ def check(config: Config) -> None:
     for path in (*mixed, *config.gem, config.eval_data, config.fisher_data):
         if path not in (None, SELF) and not path.startswith("hf:"):
             Path(path).stat()
+    if (source := config.importance_source) not in (None, SELF):
+        if not Path(source).is_file():
+            raise ValueError(
+                f"importance must be {SELF} or a file of examples.llama.fisher; there "
+                f"is no file {source!r}"
+            )
+        read_origin(Path(source))
     check_writable(config.output, config.output)
+
+
+def check_dtype(dtype: DTypeName) -> None:
+    """Raises ValueError for a dtype that these devices do not compute in."""
+    if dtype == "float16" and jax.default_backend() == "cpu":
+        raise ValueError("dtype must be float32 or bfloat16 on CPUs, got float16")
 
 
 def _check_devices(config: Config) -> None:
     """Raises ValueError for what these devices cannot do, or would do alone."""
-    if config.dtype == "float16" and jax.default_backend() == "cpu":
-        raise ValueError("dtype must be float32 or bfloat16 on CPUs, got float16")
+    check_dtype(config.dtype)
     names = ("coordinator", "processes", "process_id")
     given = [name for name in names if getattr(config, name) is not None]
     if given and not config.distributed:

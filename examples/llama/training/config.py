@@ -15,7 +15,7 @@ _Many = tyro.conf.UseAppendAction
 
 METHODS = (
     *("adamw", "sgd", "mofo", "lion", "mofo-lion"),
-    *("gain", "gradient", "mv", "random", "hft"),
+    *("gain", "gradient", "mv", "random", "hft", "keep"),
 )
 SELF = "self"  # the name of what the pretrained model writes, among replayed files
 
@@ -63,7 +63,8 @@ class Config:
     )
     """The optimizer. sgd has momentum 0.9; mofo-lion is the momentum filter over Lion;
     gain, gradient, mv and random select by other scores than mofo, with the same Adam;
-    hft is Adam on half of the matrices, drawn by the seed."""
+    hft is Adam on half of the matrices, drawn by the seed; keep is gain with
+    --importance self."""
     alpha: float = 0.1
     """The fraction of each parameter that moves in a step, above 0 and up to 1."""
     learning_rate: float = 2e-5
@@ -82,6 +83,11 @@ class Config:
     """LoRA's alpha: the product is multiplied by alpha / rank."""
 
     # Against forgetting
+    importance: Annotated[str | None, tyro.conf.arg(metavar="self|FILE")] = None
+    """Divide each step by the Fisher information of this: self, texts that the
+    pretrained model writes; or a file of examples.llama.fisher."""
+    importance_texts: int = 32
+    """Number of texts that self draws for it."""
     regularize: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="KIND:X")] = ()
     """A penalty of strength X, several times too: l1 or l2, the distance from the
     pretrained weights, in the loss; l1-decoupled or l2-decoupled, beside it, as weight
@@ -184,12 +190,26 @@ class Config:
         return next(shares, None)
 
     @property
+    def importance_source(self) -> str | None:
+        """What gives the Fisher information that divides steps; None divides none."""
+        if self.importance is None and self.method == "keep":
+            return SELF
+        return self.importance
+
+    @property
+    def own_texts(self) -> int:
+        """How many texts the pretrained model has to write for all that needs some."""
+        replays = self.self_replay_share is not None
+        seen_again = replays or SELF in (*self.gem, self.fisher_data)
+        return max(
+            self.self_replay_rows if seen_again else 0,
+            self.importance_texts if self.importance_source == SELF else 0,
+        )
+
+    @property
     def needs_own_texts(self) -> bool:
         """Whether the pretrained model has to write texts."""
-        return self.self_replay_share is not None or SELF in (
-            *self.gem,
-            self.fisher_data,
-        )
+        return self.own_texts > 0
 
     @property
     def has_soft_targets(self) -> bool:

@@ -23,10 +23,11 @@ from examples.llama.reporting.measured import MEASURES
 from examples.llama.text.rows import records_of
 from examples.llama.training.checkpoint import Checkpoints, check_space
 from examples.llama.training.config import Config
+from examples.llama.training.importance import save_importance
 from examples.llama.training.log import MetricsLog
 from examples.llama.training.optimizers import MakeOptimizer, make_optimizer
+from examples.llama.training.own_texts import save_texts
 from examples.llama.training.parsing import settings
-from examples.llama.training.replay import save_self_replay
 from examples.llama.training.results import finish, interpolated, sample
 from examples.llama.training.setup import Run, describe, set_up
 from examples.llama.training.steps import Loss, compile_step, make_step, peak_bytes
@@ -81,7 +82,9 @@ def train(
         write_json(output / "config.json", settings(config))
     if first and not (output / "samples.json").exists():
         write_json(output / "run.json", describe(run) | environment())
-        save_self_replay(run.datasets, run.tokenizer, output)
+        if run.datasets.written is not None:
+            save_texts(run.datasets.written, run.tokenizer, output)
+        save_importance(run.importance, output)
         # Of the pretrained model, also where an earlier process was killed before this.
         write_json(output / "samples.json", sample(run, run.state.params))
     checkpoints = Checkpoints(output / "checkpoints", keep=config.keep)

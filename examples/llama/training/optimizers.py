@@ -10,14 +10,24 @@ import optax
 
 from examples.llama.training.config import Config
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
-from mofo_jax.continual import add_distance_penalty, half_fine_tuning_mask
+from mofo_jax.continual import (
+    add_distance_penalty,
+    half_fine_tuning_mask,
+    scale_by_fisher,
+)
 
 # Of a configuration; updates get the extra argument `learning_rate`, and what else
 # `steps.make_step` says.
 MakeOptimizer = Callable[[Config], optax.GradientTransformation]
 
 # What the methods select by, with the same Adam.
-SCORES = {"mofo": "momentum", "gain": "gain", "gradient": "gradient", "mv": "update"}
+SCORES = {
+    "mofo": "momentum",
+    "gain": "gain",
+    "keep": "gain",
+    "gradient": "gradient",
+    "mv": "update",
+}
 
 
 def learning_rates(config: Config, steps: int) -> np.ndarray:
@@ -66,7 +76,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     Adam's constants are those of the authors' code, Lion's those of its paper, and the
     filter leaves norms to the plain optimizer, as the authors' code does. Penalties
-    need extra arguments, see `mofo_jax.continual.add_distance_penalty`.
+    need extra arguments, see `mofo_jax.continual.add_distance_penalty`; so does
+    `importance`, the Fisher information that divides steps.
     """
     strengths = config.penalties
     # A decay of 0 would still be computed.
@@ -86,26 +97,46 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 def _direction(config: Config) -> optax.GradientTransformation:
     """What a method makes of gradients, before the learning rate."""
     mu_dtype = config.moments_dtype and jnp.dtype(config.moments_dtype)
-    lion = optax.scale_by_lion(0.9, 0.99, mu_dtype=mu_dtype)
     constants: dict[str, Any] = {
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,
         "mu_dtype": mu_dtype,
     }
-    adam = optax.scale_by_adam(**constants)
+    metric = [] if config.importance_source is None else [_metric()]
     common: dict[str, Any] = {"filter_mask": all_but_norms_and_biases}
     if config.method in SCORES:
-        score = SCORES[config.method]
-        return scale_by_mofo(config.alpha, **constants, score=score, **common)
+        common |= {"score": SCORES[config.method]}
+        common |= {"precondition": metric[0] if metric else None}
+        return scale_by_mofo(config.alpha, **constants, **common)
+    plain = {
+        "lion": optax.scale_by_lion(0.9, 0.99, mu_dtype=mu_dtype),
+        "sgd": optax.trace(0.9, accumulator_dtype=mu_dtype),
+    }.get(config.method.removeprefix("mofo-"), optax.scale_by_adam(**constants))
+    # Within the filter, which has to rank the steps that are made.
+    inner = optax.chain(plain, *metric)
     if config.method == "random":
         common |= {"score": "random", "seed": config.seed}
-        return filter_by_momentum(adam, config.alpha, **common)
-    if config.method == "mofo-lion":
-        return filter_by_momentum(lion, config.alpha, **common)
-    if config.method == "sgd":
-        return optax.trace(0.9, accumulator_dtype=mu_dtype)
-    return lion if config.method == "lion" else adam
+    elif config.method != "mofo-lion":
+        return inner
+    return filter_by_momentum(inner, config.alpha, **common)
+
+
+def _metric() -> optax.GradientTransformationExtraArgs:
+    """Divides by the extra argument `importance`; `fisher` is what EWC weighs by."""
+    scale = scale_by_fisher()
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        importance: Any = None,
+        **_: Any,
+    ) -> Any:
+        return scale.update(updates, state, params, fisher=importance)
+
+    return optax.GradientTransformationExtraArgs(scale.init, update)
 
 
 def _half(method: optax.GradientTransformation, seed: int) -> Any:

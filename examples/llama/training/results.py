@@ -17,6 +17,7 @@ from examples.llama.model.sharding import shardings_of
 from examples.llama.reporting.measured import MEASURES
 from examples.llama.reporting.report import plot_losses, write_report
 from examples.llama.text.tokenizer import save_tokenizer
+from examples.llama.training.importance import step_sizes
 from examples.llama.training.log import read_metrics
 from examples.llama.training.measures import full_parameters
 from examples.llama.training.parsing import settings
@@ -121,6 +122,9 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
     )
     # All processes take part in the reductions of this, though one alone writes.
     per_tensor = run.measures.per_tensor(state.params) if config.report else {}
+    importance, steps = run.importance, None
+    if config.report and importance is not None:
+        steps = step_sizes(importance, state.params)
     metrics = read_metrics(output / "metrics.jsonl")
     evaluations = [
         {name: line[name] for name in MEASURES if name in line}
@@ -145,6 +149,8 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
             after=result["after"] | speed,
             per_tensor=per_tensor,
             samples=samples,
+            importance=None if importance is None else importance.describe(),
+            steps=steps,
         )
     write_json(output / "result.json", result)
     return result

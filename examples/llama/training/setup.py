@@ -1,6 +1,5 @@
 """From a configuration to all that a training run needs, checked on the way."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,16 +17,17 @@ from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.lora import add_lora
 from examples.llama.model.loss import next_token_loss
-from examples.llama.model.sharding import (
-    batch_rows,
-    make_mesh,
-    parameter_sharding,
-    replicated,
-)
-from examples.llama.text.rows import Dataset, ordered_batches
+from examples.llama.model.sharding import batch_rows, make_mesh, parameter_sharding
+from examples.llama.text.rows import Dataset
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
 from examples.llama.training.checks import check
 from examples.llama.training.config import Config
+from examples.llama.training.fisher import estimate_fisher
+from examples.llama.training.importance import (
+    Importance,
+    find_importance,
+    make_importance,
+)
 from examples.llama.training.measures import Measures
 from examples.llama.training.optimizers import (
     MakeOptimizer,
@@ -37,7 +37,6 @@ from examples.llama.training.optimizers import (
 from examples.llama.training.parsing import same_run
 from examples.llama.training.replay import Datasets, add_self_replay, load_data
 from examples.llama.training.steps import Fixed, Loss, TrainState, init_state
-from mofo_jax.continual import fisher_diagonal
 
 
 class Run(NamedTuple):
@@ -59,6 +58,7 @@ class Run(NamedTuple):
     loss: Loss
     learning_rates: np.ndarray  # float32 [steps]
     measures: Measures
+    importance: Importance | None
     preparing: float  # seconds in which texts and Fisher information were made
 
 
@@ -96,6 +96,8 @@ def set_up(
         sharding=parameter_sharding(mesh),
     )
     check_model(config, model, datasets)
+    # Before the model writes texts, which takes long, so that a bad file is told first.
+    found = find_importance(config, nnx.state(model), mesh)
     preparing = Stopwatch()
     with preparing:
         datasets = add_self_replay(
@@ -149,9 +151,26 @@ def set_up(
         assert datasets.fisher is not None, "check asks for fisher_data"
         with preparing:
             fisher = estimate_fisher(
-                config, graph, params, frozen, datasets.fisher, mesh
+                plain_graph,
+                pretrained,
+                datasets.fisher,
+                config.fisher_records,
+                mesh,
+                progress=progress,
             )
             jax.block_until_ready(fisher)
+    with preparing:
+        importance = make_importance(
+            config,
+            plain_graph,
+            pretrained,
+            params,
+            found,
+            datasets.written,
+            mesh,
+            progress=progress,
+        )
+        jax.block_until_ready(importance and importance.fisher)
     return Run(
         config=config,
         mesh=mesh,
@@ -159,7 +178,12 @@ def set_up(
         datasets=datasets,
         steps=steps,
         state=init_state(transformation, params, mesh),
-        fixed=Fixed(frozen, pretrained if needed else None, fisher),
+        fixed=Fixed(
+            frozen,
+            pretrained if needed else None,
+            fisher,
+            None if importance is None else importance.fisher,
+        ),
         architecture=model.config,
         graph=graph,
         plain=plain,
@@ -169,33 +193,9 @@ def set_up(
         loss=loss,
         learning_rates=rates,
         measures=measures,
+        importance=importance,
         preparing=preparing.seconds,
     )
-
-
-def estimate_fisher(
-    config: Config,
-    graph: nnx.GraphDef,
-    params: nnx.State,
-    frozen: nnx.State,
-    dataset: Dataset,
-    mesh: Mesh,
-) -> Any:
-    """The Fisher information of the first of `fisher_data`'s rows, each by itself."""
-
-    @jax.jit
-    def gradient(params: nnx.State, row: Any) -> Any:
-        def loss(params: nnx.State) -> jax.Array:
-            model = nnx.merge(graph, params, frozen)
-            return next_token_loss(model, row, packed=False)[0]
-
-        return jax.grad(loss)(params)
-
-    # A row goes to all devices, of which each has its part of the parameters.
-    rows = itertools.islice(ordered_batches(dataset, 1), config.fisher_records)
-    examples = (jax.device_put(row, replicated(mesh)) for row in rows)
-    with jax.numpy_dtype_promotion("standard"):  # as in compile_step
-        return fisher_diagonal(gradient, params, examples)
 
 
 def check_output(config: Config) -> None:
@@ -236,7 +236,7 @@ def check_model(config: Config, model: Llama, datasets: Datasets) -> None:
 
 def describe(run: Run) -> dict[str, Any]:
     """What the configuration does not say: sizes, and what became of the records."""
-    return {
+    facts = {
         "steps": run.steps,
         "mesh": dict(run.mesh.shape),
         "processes": jax.process_count(),
@@ -252,6 +252,9 @@ def describe(run: Run) -> dict[str, Any]:
             for name, dataset in by_name(run.datasets).items()
         },
     }
+    if run.importance is not None:
+        facts["fisher_information"] = run.importance.describe()
+    return facts
 
 
 def join_processes(config: Config) -> None:

@@ -30,6 +30,7 @@ class Fixed(NamedTuple):
     frozen: nnx.State  # parameters that do not train
     pretrained: nnx.State | None = None  # all parameters, as they were
     fisher: Any = None  # their Fisher information, for EWC
+    importance: Any = None  # that of the trained ones, which divides steps
 
 
 def init_state(
@@ -115,8 +116,13 @@ def make_step(
         if project is not None:
             theirs = [mean_gradient(params, fixed, other)[1] for other in others]
             gradients = project(gradients, theirs)
-        extra = {"learning_rate": learning_rate, "value": value}
-        extra |= {"reference": fixed.pretrained, "fisher": fixed.fisher}
+        extra = {
+            "learning_rate": learning_rate,
+            "value": value,
+            "reference": fixed.pretrained,
+            "fisher": fixed.fisher,
+            "importance": fixed.importance,
+        }
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             gradients, state.opt_state, params, **extra
         )

@@ -8,13 +8,17 @@ import io
 import json
 import os
 
+import jax
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.llama.checkpoints.fisher_files import Origin, load_fisher, save_fisher
 from examples.llama.checkpoints.huggingface_config import from_hugging_face
 from examples.llama.checkpoints.llama2c import load_llama2c
 from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.sharding import fisher_sharding, make_mesh
 from examples.llama.text.records import read_records
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.parsing import parse
@@ -87,7 +91,14 @@ def valid(tmp_path_factory):
     (root / "data.json").write_text(json.dumps(records))
     settings = {"model": "m", "data": ["d"], "output": "o", "alpha": 0.2, "steps": 3}
     (root / "config.json").write_text(json.dumps(settings))
+    params = parameters(root / "model.bin")
+    fisher = jax.tree.map(lambda x: x * x, params)
+    save_fisher(root / "fisher.safetensors", fisher, Origin("m", 1, 2, 3))
     return root
+
+
+def parameters(path):
+    return nnx.split(load_model(path))[1]
 
 
 def damaged(valid, name, damage):
@@ -104,6 +115,14 @@ def test_safetensors(valid, damage):
     (path.parent / "config.json").write_text(json.dumps(CONFIG))
     with only_documented_errors(path.parent):
         load_model(path.parent)
+
+
+@given(damages())
+def test_fisher_files(valid, damage):
+    params = parameters(valid / "model.bin")
+    path = damaged(valid, "fisher.safetensors", damage)
+    with only_documented_errors(path.parent):
+        load_fisher(path, params, fisher_sharding(make_mesh("fsdp=1")))
 
 
 @given(damages())

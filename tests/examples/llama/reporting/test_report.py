@@ -397,6 +397,29 @@ def test_touched(report):
     assert page.tables["tensors"][1][1:] == ["30", "25.00%"]
 
 
+def test_where_the_metric_holds_still(report):
+    about = {"source": "self", "model": "m", "texts": 32, "max_length": 256}
+    about |= {"temperature": 1.0, "seed": 7}
+    steps = tensors_of(2, step=1.5, size=30)
+    steps["layers.1.self_attn.v_proj.kernel"] = {"step": 0.05, "size": 30}
+    steps["layers.0.input_layernorm.scale"] = {"step": 0.5, "size": 10}
+    page = report(importance=about, steps=steps)
+    alt = "Typical step per layer, smallest in v of layer 1: 0.05000"
+    assert list(page.images) == [alt]
+    row = ["1.5"] * 8
+    first, second = [*row[:7], "1.2"], ["1.5", "1.5", "0.050", *row[:5]]
+    assert layer_cells(page.images[alt]) == [first, second]
+    drawn = (
+        "texts that the pretrained model itself wrote: 32 texts of up to 256 tokens, "
+        "drawn at temperature 1 with seed 7."
+    )
+    text = " ".join(page.text.split())
+    assert "Where the metric holds still" in text and drawn in text
+    page = report(importance=about | {"source": f"f{HOSTILE}"}, steps=steps)
+    assert f"It was read from f{HOSTILE}." in page.text and "the model m" in page.text
+    assert "Where the metric" not in report(metrics=metrics_of(4)).text
+
+
 @pytest.mark.parametrize("layers", [1, 32, 80])
 def test_any_number_of_layers(report, layers):
     page = report(per_tensor=tensors_of(layers, distance=1.0, norm=8.0, touched=0.5))

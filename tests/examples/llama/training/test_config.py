@@ -137,7 +137,7 @@ BAD = [
     (
         {"method": "sgd"},
         "method must be one of adamw, mofo, lion, mofo-lion, gain, gradient, mv, "
-        "random, hft; got 'sgd'",
+        "random, hft, keep; got 'sgd'",
     ),
     ({"regularize": ("l3:1",)}, "KIND:X, each kind once, among l1, l2, l1-decoupled"),
     ({"regularize": ("l2:1", "l2:2")}, "each kind once"),
@@ -160,6 +160,14 @@ BAD = [
     ({"gem": ("absent",)}, "'absent'"),
     ({"gem_margin": -1.0}, "gem_margin must be 0 or above, got -1.0"),
     ({"self_replay_rows": 0}, "self_replay_rows must be 1 or above, got 0"),
+    ({"importance_texts": 0}, "importance_texts must be 1 or above, got 0"),
+    (
+        {"importance": "absent"},
+        "importance must be self or a file of examples.llama.fisher; there is no file "
+        "'absent'",
+    ),
+    ({"importance": "."}, "there is no file '.'"),
+    ({"importance": __file__}, "not safetensors, or damaged"),
     ({"alpha": 0.0}, "alpha must be above 0 and up to 1, got 0.0"),
     ({"alpha": 1.5}, "alpha must be above 0 and up to 1, got 1.5"),
     ({"alpha": math.nan}, "alpha must be above 0 and up to 1, got nan"),
@@ -207,6 +215,24 @@ def test_check(changes, message):
     with pytest.raises((ValueError, OSError)) as caught:
         check(dataclasses.replace(good, **changes))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "texts"),
+    [
+        ({}, None, 0),
+        ({"method": "keep"}, "self", 32),
+        ({"method": "keep", "importance": "file"}, "file", 0),
+        ({"importance": "self", "importance_texts": 5}, "self", 5),
+        ({"importance": "self", "gem": ("self",)}, "self", 256),
+        ({"importance": "file", "replay": ("self:1",)}, "file", 256),
+        ({"fisher_data": "self", "self_replay_rows": 3}, None, 3),
+    ],
+)
+def test_texts_of_the_model(changes, source, texts):
+    config = dataclasses.replace(parsed(*REQUIRED), **changes)
+    assert config.importance_source == source
+    assert config.own_texts == texts and config.needs_own_texts == bool(texts)
 
 
 def test_same_run(tmp_path):

@@ -24,6 +24,8 @@ MANY = {
     "replay": ("self:0.5",),
     "self_replay_rows": 8,
     "interpolate": "0.9:0.8",
+    "importance": "self",
+    "importance_texts": 6,
 }
 
 
@@ -39,6 +41,8 @@ def many(files):
         {"regularize": ("kl:3",)},
         {"replay": ("self:1",), "self_replay_rows": 32},
         {"method": "hft"},
+        {"method": "keep"},
+        {"importance": "self", "learning_rate": 5e-3},
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )
@@ -149,5 +153,6 @@ def test_in_parts(files, run):
     _, parts = run("parts", **changes, accumulate=2)
     for name, value in whole["after"].items():
         assert parts["after"][name] == pytest.approx(value, rel=0.02), name
+    changes |= {"importance": "self"}
     _, lora = run("lora", **changes, lora_rank=2, gem=(files["eval_data"],))
     assert lora["after"]["eval_loss"] < lora["before"]["eval_loss"]

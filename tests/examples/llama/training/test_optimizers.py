@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from examples.llama.training.optimizers import learning_rates, make_optimizer
+from mofo_jax.continual import FactoredFisher
 from tests.examples.llama.runs import config_of
 
 FILES = {"model": None, "data": ()}
@@ -178,3 +179,74 @@ def test_penalties(method):
     assert not np.any(optax.tree.get(state, "mu")["proj"])
     np.testing.assert_allclose(updates["proj"], [0, -1e-2 * 3], rtol=1e-5)
     np.testing.assert_allclose(updates["norm"], [-1e-2 * 2], rtol=1e-5)
+
+
+IMPORTANCE = {"proj": jnp.array([9.0, 0, 0, 9, 0, 0, 0, 9]), "norm": jnp.ones(8)}
+
+
+def step_with_importance(**changes):
+    """A first step, in which Adam's own would be 1 for every entry."""
+    changes = {"importance": "self", "schedule": "constant"} | changes
+    update, init = make(**changes)
+    params = {"proj": jnp.ones(8), "norm": jnp.ones(8)}
+    gradients = {"proj": jnp.arange(8.0, 0, -1), "norm": jnp.ones(8)}
+    updates, _ = update(gradients, init(params), params, importance=IMPORTANCE)
+    return jax.tree.map(np.asarray, updates)
+
+
+def test_steps_in_the_metric():
+    """0.01 / (F / mean F + 0.01) at first, times the learning rate."""
+    relative = {name: np.asarray(x) / (35 / 16) for name, x in IMPORTANCE.items()}
+    steps = {name: 0.01 / (x + 0.01) for name, x in relative.items()}
+    for method in ("adamw", "lion"):
+        updates = step_with_importance(method=method)
+        for name, step in steps.items():
+            np.testing.assert_allclose(updates[name], -1e-2 * step, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gain", "keep", "mv", "mofo", "gradient"])
+def test_filters_rank_the_steps_that_are_made(method):
+    """Entries 0, 3 and 7 matter, and the gradients fall from the first entry on."""
+    importance = {"importance": None} if method == "keep" else {}
+    updates = step_with_importance(method=method, alpha=0.25, **importance)
+    moved = np.flatnonzero(updates["proj"]).tolist()
+    if method == "mv":  # whose steps are alike where nothing matters
+        assert len(moved) == 2 and not {0, 3, 7} & set(moved)
+    else:
+        assert moved == ([0, 1] if method in ("mofo", "gradient") else [1, 2])
+    assert (updates["proj"][moved] < 0).all() and (updates["norm"] < 0).all()
+
+
+@pytest.mark.parametrize("method", ["random", "mofo-lion"])
+def test_other_filters_have_the_metric_too(method):
+    updates = step_with_importance(method=method, alpha=0.25)
+    whole = step_with_importance(method="lion" if "lion" in method else "adamw")
+    moved = np.flatnonzero(updates["proj"]).tolist()
+    assert len(moved) == 2
+    np.testing.assert_allclose(updates["proj"][moved], whole["proj"][moved], rtol=1e-5)
+
+
+def test_importance_beside_penalties_and_hft():
+    """EWC's Fisher information is another one; resting parameters have no step."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    params = {"layers": [{"self_attn": {name: jnp.ones((3, 2)) for name in names}}]}
+    changes = {"method": "hft", "regularize": ("ewc:1",), "importance": "self"}
+    update, init = make(**changes)
+    factors = FactoredFisher(jnp.ones(3), jnp.ones(2))
+    updates, _ = update(
+        params,
+        init(params),
+        params,
+        reference=params,
+        fisher=jax.tree.map(jnp.zeros_like, params),
+        importance=jax.tree.map(lambda x: factors, params),
+    )
+    moved = [bool((u != 0).all()) for u in jax.tree.leaves(updates)]
+    assert sum(moved) == 2
+
+
+def test_importance_must_be_given():
+    update, init = make(method="keep")
+    params = {"proj": jnp.ones(8)}
+    with pytest.raises(ValueError, match="scale_by_fisher needs fisher"):
+        update(params, init(params), params)

@@ -9,14 +9,10 @@ import pytest
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.text.rows import FIELDS
 from examples.llama.text.tokenizer import load_tokenizer
-from examples.llama.training import replay
+from examples.llama.training import own_texts
 from examples.llama.training.checks import check
-from examples.llama.training.replay import (
-    add_self_replay,
-    load_data,
-    save_self_replay,
-    write_texts,
-)
+from examples.llama.training.own_texts import save_texts, write_texts
+from examples.llama.training.replay import add_self_replay, load_data
 from examples.llama.training.streams import Streams
 from tests.examples.llama.runs import config_of
 
@@ -122,10 +118,10 @@ def test_positions_of_all_streams(both):
 
 def test_kept_texts_are_read_again(both, model, tokenizer, monkeypatch):
     config, datasets = both
-    save_self_replay(datasets, tokenizer, config.output)
+    save_texts(datasets.written, tokenizer, config.output)
     lines = (config.output / "self_replay.jsonl").read_text().splitlines()
     assert len(lines) == 40 and json.loads(lines[0]).keys() == {"text", "tokens"}
-    monkeypatch.setattr(replay, "generate", None)  # not to be called
+    monkeypatch.setattr(own_texts, "generate", None)  # not to be called
     again = add_self_replay(
         load_data(config, tokenizer, quiet), config, model, tokenizer, progress=False
     )
@@ -164,5 +160,33 @@ def test_own_texts_for_gem_and_ewc(files, tokenizer, model, tmp_path):
     datasets = add_self_replay(datasets, config, model, tokenizer, progress=False)
     assert [len(x) for x in datasets.memories] == [7, 8] and len(datasets.fisher) == 8
     assert len(datasets.training) == 1 and datasets.soft_from is None
-    save_self_replay(datasets, tokenizer, tmp_path)
+    save_texts(datasets.written, tokenizer, tmp_path)
     assert len((tmp_path / "self_replay.jsonl").read_text().splitlines()) == 8
+
+
+def test_more_texts_for_the_importance(files, tokenizer, model, tmp_path):
+    """They come after those that are replayed, which stay as they were."""
+    changes = {"replay": ("self:1",), "self_replay_rows": 8}
+    counts, replayed = [], []
+    for more in ({}, {"importance": "self", "importance_texts": 40}):
+        config = config_of(files, tmp_path, **changes, **more)
+        datasets = load_data(config, tokenizer, quiet)
+        datasets = add_self_replay(datasets, config, model, tokenizer, progress=False)
+        counts.append(len(datasets.written))
+        replayed.append(datasets.training[-1].tokens)
+        assert len(datasets.training[-1]) == 8
+    assert counts == [8, 40]
+    np.testing.assert_array_equal(*replayed)
+    np.testing.assert_array_equal(datasets.written.tokens[:8], replayed[0])
+    config = config_of(files, tmp_path, importance="self", importance_texts=3)
+    datasets = load_data(config, tokenizer, quiet)
+    datasets = add_self_replay(datasets, config, model, tokenizer, progress=False)
+    assert len(datasets.written) == 3 and len(datasets.training) == 1
+
+
+def test_too_few_kept_texts(both, files, tokenizer, model, tmp_path):
+    _, datasets = both
+    save_texts(datasets.written, tokenizer, tmp_path)
+    config = config_of(files, tmp_path, importance="self", importance_texts=41)
+    with pytest.raises(ValueError, match="expected 41 texts or more, found 40"):
+        add_self_replay(datasets, config, model, tokenizer, progress=False)

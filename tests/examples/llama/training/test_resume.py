@@ -126,6 +126,31 @@ def test_killed_during_a_save(world, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["whole", "lora"])
+def test_killed_with_importance(world, tmp_path, changes):
+    """Before the first step, and on the way: texts and importance are kept as made."""
+    changes = {"method": "keep", "importance_texts": 8} | changes
+    output, other = tmp_path / "run", tmp_path / "other"
+    made = output / "importance.safetensors"
+    kept = []
+    for moment in (made.exists, lambda: lines(output) > 20):
+        process = start(config(world, output, **changes), world[1])
+        wait_for(moment, process)
+        process.kill()
+        process.communicate()
+        kept.append((made.read_bytes(), made.stat().st_mtime_ns))
+    out, _ = run(world, output, **changes)
+    assert "going on from the checkpoint of step" in out
+    kept.append((made.read_bytes(), made.stat().st_mtime_ns))
+    run(world, other, **changes)
+    assert {content for content, _ in kept} == {
+        (other / "importance.safetensors").read_bytes()
+    }
+    assert len({time for _, time in kept}) == 1
+    same_as((tensors_of(other / "model"), metrics_of(other)), output)
+
+
+@pytest.mark.slow
 def test_killed_many_times(world, undisturbed, tmp_path):
     """At any time from the start of the process on, the export included."""
     rng, halves = random.Random(1), []

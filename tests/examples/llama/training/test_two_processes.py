@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from examples.llama.fisher import main
 from examples.llama.training.loop import train
 from tests.examples.llama.runs import (
     config_of,
@@ -55,6 +56,34 @@ def test_two_processes(tmp_path):
     assert models[0].keys() == models[1].keys()
     assert [len(x) for x in models[0].values()] == [len(x) for x in models[1].values()]
     assert "going on" not in outputs[0]
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_fisher_file(tmp_path):
+    files, cache = write_files(tmp_path), tmp_path / "cache"
+    path = tmp_path / "fisher.safetensors"
+    flags = [f"--model={files['model']}", f"--output={path}", "--dense"]
+    main([*flags, "--texts=4", "--max-length=48", "--mesh=fsdp=1"])
+    changes = {"method": "keep", "importance": str(path), "report": True}
+    both = pair(files, tmp_path / "two", cache, **changes)
+    config = config_of(files, tmp_path / "one", **CHANGES, **changes)
+    train(config, progress=False)  # meanwhile
+    for process in both:
+        finished(process)
+    found, expected = (metrics_of(tmp_path / name) for name in ("two", "one"))
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-6)
+    report = (tmp_path / "two" / "report.html").read_text()
+    assert "Where the metric holds still" in report
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_what_one_has_to_make(tmp_path):
+    files, cache = write_files(tmp_path), tmp_path / "cache"
+    for process in pair(files, tmp_path / "two", cache, method="keep"):
+        _, err = finished(process, 2)
+        assert "importance self needs one process, or the importance.safe" in err
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow

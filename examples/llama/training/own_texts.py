@@ -1,0 +1,132 @@
+"""Texts that a pretrained model writes by itself, as tokens, rows and a file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from examples import terminal
+from examples.files import write_json_lines
+from examples.llama.model.generation import generate
+from examples.llama.model.llama import Llama
+from examples.llama.text.rows import Dataset, one_a_row
+from examples.llama.text.templates import Example
+from examples.llama.text.tokenizer import Tokenizer
+from mofo_jax.continual import draw_texts
+
+AT_ONCE = 32  # texts that a model writes side by side; another number, other texts
+FILE = "self_replay.jsonl"
+
+
+def drawing(
+    model: Llama, tokenizer: Tokenizer, length: int, seed: int
+) -> dict[str, Any]:
+    """Arguments of `mofo_jax.continual.draw_texts` for a model's own texts.
+
+    Args:
+      model: The model.
+      tokenizer: Its tokenizer.
+      length: The most tokens of a text, bos and end included.
+      seed: Seed of the draws.
+
+    Raises:
+      ValueError: The tokenizer has no bos token.
+    """
+    if tokenizer.bos_id is None:
+        raise ValueError("what the model writes needs a tokenizer with a bos token")
+    # A model of many texts may begin the next one with bos instead of an end.
+    ends = [tokenizer.bos_id, *tokenizer.eos_ids]
+
+    def sample(prompts: np.ndarray, key: jax.Array) -> jax.Array:
+        return generate(
+            model,
+            prompts,
+            max_new_tokens=length - 1,
+            temperature=1.0,
+            key=key,
+            eos_id=ends,
+        )
+
+    return {
+        "sample": sample,
+        "bos_id": tokenizer.bos_id,
+        "end_ids": ends,
+        "key": jax.random.key(seed),
+        "batch_size": AT_ONCE,
+    }
+
+
+def write_texts(
+    model: Llama,
+    tokenizer: Tokenizer,
+    count: int,
+    length: int,
+    *,
+    seed: int,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Texts drawn from a model's own distribution, from the bos token on.
+
+    Args:
+      model: The model.
+      tokenizer: Its tokenizer.
+      count: How many.
+      length: The most tokens of each, bos and end included.
+      seed: Of the draws, on which alone they depend.
+      progress: Whether to show a bar.
+
+    Returns:
+      The tokens of each, 2 or more.
+
+    Raises:
+      ValueError: The tokenizer has no bos token.
+    """
+    options = drawing(model, tokenizer, length, seed)
+    style = terminal.bar_style()
+    with tqdm(total=count, desc="writing", disable=not progress, **style) as bar:
+        texts = draw_texts(
+            count=count, progress=lambda done, _: bar.update(done - bar.n), **options
+        )
+        return list(texts)
+
+
+def text_rows(
+    texts: Sequence[Sequence[int]], length: int, pad_id: int, source: str = "text"
+) -> Dataset:
+    """A row for each text. All tokens but the first count."""
+    examples = [
+        Example(
+            np.array(tokens, np.int32),
+            np.arange(len(tokens)) > 0,
+            f"{source}:{number}",
+        )
+        for number, tokens in enumerate(texts, start=1)
+    ]
+    return one_a_row(examples, length, pad_id)
+
+
+def save_texts(rows: Dataset, tokenizer: Tokenizer, output: Path) -> None:
+    """Writes OUTPUT/self_replay.jsonl, from which a resumed run takes its texts."""
+    lines = []
+    for tokens, inside in zip(rows.tokens, rows.segment_ids, strict=True):
+        ids = tokens[inside > 0].tolist()
+        lines.append({"text": tokenizer.decode(ids), "tokens": ids})
+    write_json_lines(output / FILE, lines)
+
+
+def read_texts(path: Path, count: int) -> list[list[int]]:
+    """The first texts of a file of `save_texts`; ValueError where it lacks some."""
+    texts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            tokens = json.loads(line)["tokens"]
+            texts.append(np.array(tokens, np.int32).tolist())
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: no tokens of a text") from None
+    if len(texts) < count:
+        raise ValueError(f"{path}: expected {count} texts or more, found {len(texts)}")
+    return texts[:count]
