@@ -199,6 +199,30 @@ def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_rivals_in_processes_of_their_own(tmp_path, monkeypatch):
+    """Each finds its optimizer or loss by its name, and measures the start once."""
+    names = ("padam", "finch", "flow", "eaft")
+    for name in names:
+        short = METHODS[name]._replace(points=METHODS[name].points[:1])
+        monkeypatch.setitem(METHODS, name, short)
+    paths = write_files(tmp_path)
+    paths["data"] = paths["data"][0]
+    paths = {key: Path(path) for key, path in paths.items()}
+    small = {"steps": 2, "batch_size": 4, "max_length": 48, "eval_records": 3}
+    args = Args(
+        **paths, **small, output=tmp_path / "x.json", methods=names, seeds=1, workers=2
+    )
+    results = measure(args)
+    assert {run["method"] for run in results["runs"]} == set(names)
+    losses = {run["after"]["eval_loss"] for run in results["runs"]}
+    assert (
+        len(losses) == len(names) and results["pretrained"]["eval_loss"] not in losses
+    )
+    assert "before" not in results["runs"][0]
+    assert results["runs"] == json.loads(args.output.read_text())["runs"]
+
+
 def test_ends_in_time(tmp_path, capsys):
     paths = write_files(tmp_path)
     paths["data"] = paths["data"][0]
