@@ -92,7 +92,7 @@ METHODS = {
     "sgd": Method(
         "SGD, momentum 0.9",
         {"method": "sgd"},
-        rates(0.01, 0.03, 0.1, 0.3, 1.0),
+        rates(2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
         WAYS,
     ),
     "padam": Method(
