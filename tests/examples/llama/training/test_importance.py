@@ -145,7 +145,7 @@ def test_step_sizes_by_hand():
     leaves = [factors, jnp.ones(4)]
     fisher = jax.tree.unflatten(jax.tree.structure(params), leaves)
     steps = step_sizes(Importance(fisher, "self", Origin("m", 1, 2, 3)), params)
-    first, second = 1 / 1.6, 1 / 0.6
+    first, second = 1 / 1.51, 1 / 0.51  # with a damping of 0.01
     mean = (first + second) / 2
     assert steps["a.kernel"]["step"] == pytest.approx(first / mean, rel=1e-5)
     assert steps["b"] == {"step": pytest.approx(second / mean, rel=1e-5), "size": 4}
@@ -153,13 +153,17 @@ def test_step_sizes_by_hand():
 
 def test_the_metric_is_that_of_the_library(files, dense, tmp_path):
     """A step of Adam in the trainer is that of Optax's Adam and scale_by_fisher."""
-    changes = {"method": "adamw", "importance": str(dense), "schedule": "constant"}
+    changes = {"method": "adamw", "importance": str(dense)}
     run = set_up(config_of(files, tmp_path, **changes), quiet)
     params = run.state.params
     with jax.numpy_dtype_promotion("standard"):
         gradients = jax.tree.map(jnp.sin, params)
         updates, _ = run.optimizer.update(
-            gradients, run.state.opt_state, params, importance=run.fixed.importance
+            gradients,
+            run.state.opt_state,
+            params,
+            importance=run.fixed.importance,
+            learning_rate=jnp.float32(1e-2),
         )
         expected, _ = scale_by_fisher(run.fixed.importance).update(
             jax.tree.map(jnp.sign, gradients), scale_by_fisher().init(params)
