@@ -32,7 +32,7 @@ from benchmarks.outputs import load, make_room, publish
 from benchmarks.suites import SUITES, Inputs
 from benchmarks.workers import each
 from examples import compilation, terminal
-from examples.checks import check_least, check_name
+from examples.checks import check_least, check_name, check_seed
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.training.config import Config
@@ -49,6 +49,8 @@ class Args(Inputs):
     """Names among those of benchmarks/forgetting_methods.py; else the suite's."""
     seeds: int = 5
     """Runs of each setting."""
+    first_seed: int = 0
+    """The first of the seeds. What is tuned is tuned on one that is not reported."""
     workers: int = 1
     """Runs at a time, each in a process with its share of the cores. One core trains a
     small model at more than half the speed of two. Leave it at 1 on an accelerator."""
@@ -72,6 +74,7 @@ def measure(args: Args) -> dict[str, Any]:
     """
     begun = time.monotonic()
     check_least("seeds", args.seeds, 1)
+    check_seed(args.first_seed)
     check_least("workers", args.workers, 1)
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
@@ -84,7 +87,8 @@ def measure(args: Args) -> dict[str, Any]:
         results = load(args.output, {"settings": settings}, keys)
         if results is None:
             results = {"settings": settings, "pretrained": {}, "runs": []}
-        wanted = _runs(methods, args.seeds)
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        wanted = _runs(methods, seeds)
         done = [{key: run[key] for key in keys} for run in results["runs"]]
         missing = [run for run in wanted if run not in done]
         held_out = args.held_out(scratch)
@@ -117,12 +121,12 @@ def _show(bar: tqdm, run: dict[str, Any]) -> None:
     bar.update()
 
 
-def _runs(methods: Sequence[str], seeds: int) -> list[dict[str, Any]]:
+def _runs(methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """All runs, seed by seed: an early end has every method with fewer seeds."""
     points = list(itertools.zip_longest(*(METHODS[name].points for name in methods)))
     return [
         {"method": method, "point": point, "seed": seed}
-        for seed in range(seeds)
+        for seed in seeds
         for changes in points
         for method, point in zip(methods, changes, strict=True)
         if point is not None

@@ -4,7 +4,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.forgetting_losses import eaft, flow
-from benchmarks.forgetting_optimizers import finch, partially_adaptive
+from benchmarks.forgetting_optimizers import (
+    by_leaf,
+    finch,
+    in_bfloat16,
+    keep_partially_adaptive,
+    keep_with,
+    leaf_mean,
+    partially_adaptive,
+    root,
+)
 from examples.llama.training.config import Config
 from examples.llama.training.optimizers import MakeOptimizer
 from examples.llama.training.steps import Loss
@@ -31,8 +40,9 @@ GROUPS = (
     "in the pretrained model's metric",
     "what counts",
     "held to the pretrained model",
+    "keep, in parts",
 )
-MOVES, WAYS, METRIC, COUNTS, HELD = GROUPS
+MOVES, WAYS, METRIC, COUNTS, HELD, PARTS = GROUPS
 
 
 def rates(*values: float) -> tuple[Settings, ...]:
@@ -47,6 +57,7 @@ USUAL, LARGER = rates(3e-4, 6e-4, 1.2e-3), rates(6e-4, 1.2e-3, 2.4e-3)
 LARGEST = rates(1.2e-3, 2.4e-3, 4.8e-3)
 # What is held against them goes from where little is learned to beyond the best rate.
 WIDE = rates(3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+MIDDLE = rates(2.4e-3, 4.8e-3, 9.6e-3)
 WIDE_LARGER = rates(6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)
 WIDE_SMALLER = rates(1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 # Penalties go along their strength, as at a weak one they are AdamW.
@@ -161,6 +172,40 @@ METHODS = {
         HELD,
     ),
 }
+
+
+def _part(title: str, optimizer: MakeOptimizer | None = None, **common: Any) -> Method:
+    """The method keep with one thing changed."""
+    return Method(f"keep, {title}", KEEP | common, MIDDLE, PARTS, optimizer)
+
+
+DENSE = {"regularize": ("ewc:1",), "fisher_data": "self", "fisher_records": 32}
+METHODS |= {
+    "damping-0.1": _part("damping 0.1", keep_with(damping=0.1)),
+    "damping-0.01": _part("damping 0.01", keep_with(damping=0.01)),
+    "damping-0.0001": _part("damping 0.0001", keep_with(damping=1e-4)),
+    "root": _part("square root of F, damping 0.03", keep_with(root, damping=0.03)),
+    "by-leaf": _part("F relative to each leaf's mean", keep_with(by_leaf)),
+    "leaf-mean": _part("one number a leaf", keep_with(leaf_mean)),
+    # The penalty is left out; it has the dense estimate made.
+    "dense": _part("dense F", keep_with(fisher="fisher"), **DENSE),
+    "bfloat16": _part("F in bfloat16", keep_with(in_bfloat16)),
+    "last-step": _part("mean square of one step", keep_with(decay=0.0)),
+    "texts-8": _part("8 texts", importance_texts=8),
+    "texts-128": _part("128 texts", importance_texts=128),
+    "texts-512": _part("512 texts", importance_texts=512),
+    "alpha-1": _part("alpha 1%", alpha=0.01),
+    "alpha-3": _part("alpha 3%", alpha=0.03),
+    "alpha-30": _part("alpha 30%", alpha=0.3),
+    "alpha-100": _part("all that descends", alpha=1.0),
+    "by-momentum": _part("filter by momentum", method="mofo", importance="self"),
+    "by-gradient": _part("filter by gradient", method="gradient", importance="self"),
+    "quarter": _part("v^(1/4)", keep_partially_adaptive),
+}
+ABLATION = (
+    *("adamw", "mofo", "gain", "metric", "keep"),
+    *(name for name, method in METHODS.items() if method.group == PARTS),
+)
 
 # The claim, its controls and its rivals, on any pair.
 MAIN = (

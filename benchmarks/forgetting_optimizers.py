@@ -1,5 +1,7 @@
 """Optimizers of the frontier that the trainer does not have."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -8,20 +10,26 @@ import optax
 
 from examples.llama.training.config import Config
 from examples.llama.training.optimizers import (
+    MakeOptimizer,
     make_optimizer,
     scale_by_given_learning_rate,
 )
-from mofo_jax.continual import scale_by_fisher
+from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
+from mofo_jax.continual import FactoredFisher, scale_by_fisher
 
 
 def partially_adaptive(config: Config) -> optax.GradientTransformation:
     """Adam's momentum over the fourth root of the second moment, at unit scale.
 
-    The power of Padam (arXiv 1806.06763). Between Adam, which takes the square root,
-    and momentum alone, the scale of the updates is the gradients', so they are
-    normalized.
+    Between Adam, which takes the square root, and momentum alone, the scale of the
+    updates is the gradients', so they are normalized.
     """
     del config
+    return optax.chain(_padam(), at_unit_scale(), scale_by_given_learning_rate())
+
+
+def _padam() -> optax.GradientTransformation:
+    """The direction of Padam (arXiv 1806.06763), at a power of 1/4."""
     b2 = 0.999
     adam = optax.scale_by_adam(0.9, b2, 1e-8)
 
@@ -33,8 +41,7 @@ def partially_adaptive(config: Config) -> optax.GradientTransformation:
         )
         return updates, state
 
-    root = optax.GradientTransformation(adam.init, update)
-    return optax.chain(root, at_unit_scale(), scale_by_given_learning_rate())
+    return optax.GradientTransformation(adam.init, update)
 
 
 def at_unit_scale() -> optax.GradientTransformationExtraArgs:
@@ -66,3 +73,84 @@ def finch(config: Config) -> optax.GradientTransformation:
 
     by_loss = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
     return optax.chain(make_optimizer(config), by_loss)
+
+
+def keep_with(
+    change: Callable[[Any], Any] | None = None,
+    *,
+    fisher: str = "importance",
+    **options: Any,
+) -> MakeOptimizer:
+    """The method keep with something else in its metric.
+
+    Args:
+      change: What is made of each leaf of the Fisher information.
+      fisher: The extra argument that this is: "importance" is factored, "fisher" dense.
+      options: Of `scale_by_fisher`.
+    """
+
+    def make(config: Config) -> optax.GradientTransformation:
+        keep = scale_by_mofo(
+            config.alpha,
+            score="gain",
+            precondition=_metric(change, fisher, options),
+            filter_mask=all_but_norms_and_biases,
+        )
+        return optax.chain(keep, scale_by_given_learning_rate())
+
+    return make
+
+
+def keep_partially_adaptive(config: Config) -> optax.GradientTransformation:
+    """The method keep with Padam's direction instead of Adam's."""
+    # The gain is that of what is added to the parameters.
+    descent = optax.chain(_padam(), _metric(), optax.scale(-1.0))
+    keep = filter_by_momentum(
+        descent, config.alpha, score="gain", filter_mask=all_but_norms_and_biases
+    )
+    return optax.chain(keep, optax.scale(-1.0), scale_by_given_learning_rate())
+
+
+def _metric(
+    change: Callable[[Any], Any] | None = None,
+    fisher: str = "importance",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> optax.GradientTransformationExtraArgs:
+    scale = scale_by_fisher(**options)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        found = extra[fisher]
+        if change is not None:
+            found = jax.tree.map(change, found, is_leaf=_is_factored)
+        return scale.update(updates, state, params, fisher=found)
+
+    return optax.GradientTransformationExtraArgs(scale.init, update)
+
+
+def _is_factored(leaf: Any) -> bool:
+    return isinstance(leaf, FactoredFisher)
+
+
+def root(leaf: Any) -> Any:
+    """The square root of each entry."""
+    if not _is_factored(leaf):
+        return jnp.sqrt(leaf)
+    rows, columns = map(jnp.sqrt, leaf)
+    # The entry is rows * columns over the mean of rows, before as after.
+    mean = jnp.mean(leaf.rows, axis=-1, keepdims=True)
+    after = jnp.mean(rows, axis=-1, keepdims=True)
+    return FactoredFisher(rows, columns * after / jnp.sqrt(mean))
+
+
+def by_leaf(leaf: Any) -> Any:
+    """Relative to the mean of the leaf instead of that of all leaves."""
+    return jax.tree.map(lambda x: x / jnp.mean(x), leaf)
+
+
+def leaf_mean(leaf: Any) -> Any:
+    """One number for the whole leaf."""
+    return jax.tree.map(lambda x: jnp.full_like(x, jnp.mean(x)), leaf)
+
+
+def in_bfloat16(leaf: Any) -> Any:
+    return optax.tree.cast(leaf, jnp.bfloat16)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import tyro
 
 from benchmarks import python_functions
-from benchmarks.forgetting_methods import MAIN, METHODS, Settings
+from benchmarks.forgetting_methods import ABLATION, MAIN, METHODS, PARTS, Settings
 from examples.checks import check_name
 from examples.files import write_json_lines
 from examples.llama.training.config import Config
@@ -42,7 +42,15 @@ PYTHON = {"data": "python_train.jsonl", "eval_data": "python_test.jsonl"}
 GSM8K = {"data": "gsm8k_train.jsonl", "eval_data": "gsm8k_test.jsonl"}
 
 SUITES = {
-    "stories260k": Suite(STORIES | GSM8K, tuple(METHODS), rate_scale=1.0, settings={}),
+    "stories260k": Suite(
+        STORIES | GSM8K,
+        tuple(name for name, method in METHODS.items() if method.group != PARTS),
+        rate_scale=1.0,
+        settings={},
+    ),
+    "stories260k-ablation": Suite(
+        STORIES | GSM8K, ABLATION, rate_scale=1.0, settings={}
+    ),
     # Neither stories nor sums: the functions of Python's standard library.
     "stories260k-python": Suite(
         STORIES | PYTHON,
