@@ -149,8 +149,12 @@ def in_metric(context: Context) -> optax.GradientTransformation:
 
 def keeping(context: Context) -> optax.GradientTransformation:
     """Of those, the entries move that bring the loss down most."""
-    return filter_by_momentum(
-        in_metric(context), 0.1, score="gain", filter_mask=all_but_norms_and_biases
+    return mofo(
+        context.rate,
+        0.1,
+        score="gain",
+        precondition=scale_by_fisher(context.importance),
+        filter_mask=all_but_norms_and_biases,
     )
 
 

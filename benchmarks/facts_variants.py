@@ -114,10 +114,14 @@ VARIANTS: dict[str, Variant] = {
         EWC,
         importance=True,
     ),
+    "keep ewc": Variant("keep, EWC", penalized(keeping, 1.1e-3), EWC, importance=True),
     "wise-ft": Variant("AdamW, Wise-FT 0.7", adamw, LARGER, interpolate=0.7),
     "wise-ft mofo": Variant("MoFO, Wise-FT 0.7", filtered(), LARGEST, interpolate=0.7),
     "self": Variant("AdamW, self-replay", adamw, USUAL, self_replay=1.0),
     "self mofo": Variant("MoFO, self-replay", filtered(), LARGER, self_replay=1.0),
+    "keep self": Variant(
+        "keep, self-replay", keeping, LARGER, self_replay=1.0, importance=True
+    ),
     **_task("batches of 10", batch_size=10),
     **_task("100 steps", 2.0, steps=100),
     **_task("1000 steps", 0.5, steps=1000),

@@ -57,12 +57,14 @@ USUAL, LARGER = rates(3e-4, 6e-4, 1.2e-3), rates(6e-4, 1.2e-3, 2.4e-3)
 LARGEST = rates(1.2e-3, 2.4e-3, 4.8e-3)
 # What is held against them goes from where little is learned to beyond the best rate.
 WIDE = rates(3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
-MIDDLE = rates(2.4e-3, 4.8e-3, 9.6e-3)
+# In the metric, where most entries matter little, larger ones do.
+IN_METRIC = rates(1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+MIDDLE = IN_METRIC[1:4]
 WIDE_LARGER = rates(6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)
 WIDE_SMALLER = rates(1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 # Penalties go along their strength, as at a weak one they are AdamW.
 FAST, FAST_MOFO = ADAMW | {"learning_rate": 2.4e-3}, MOFO | {"learning_rate": 3.4e-3}
-FAST_KEEP = KEEP | {"learning_rate": 4.8e-3}
+FAST_KEEP = KEEP | {"learning_rate": 1.2e-2}
 SELF = {"replay": ("self:0.25",)}
 OWN_METRIC = {"importance": "self"}
 
@@ -111,16 +113,16 @@ METHODS = {
     ),
     "metric": Method("AdamW in the metric", ADAMW | OWN_METRIC, WIDE, METRIC),
     "metric-sgd": Method(
-        "momentum in the metric", {"method": "sgd"} | OWN_METRIC, WIDE_SMALLER, METRIC
+        "momentum in the metric", {"method": "sgd"} | OWN_METRIC, WIDE, METRIC
     ),
-    "keep": Method("keep: gain 10% in the metric", KEEP, WIDE, METRIC),
+    "keep": Method("keep: gain 10% in the metric", KEEP, IN_METRIC, METRIC),
     "keep-ewc": Method(
         "keep, EWC",
         FAST_KEEP | {"fisher_data": "self"},
         strengths("ewc", 0.01, 0.03, 0.1, 0.3, 1),
         METRIC,
     ),
-    "keep-self": Method("keep, self-replay", KEEP | SELF, WIDE, METRIC),
+    "keep-self": Method("keep, self-replay", KEEP | SELF, IN_METRIC, METRIC),
     "finch": Method("AdamW, FINCH", ADAMW, WIDE, COUNTS, optimizer=finch),
     "flow": Method("AdamW, FLOW", ADAMW, WIDE, COUNTS, loss=flow),
     "eaft": Method("AdamW, EAFT", ADAMW, WIDE, COUNTS, loss=eaft),
@@ -183,8 +185,8 @@ DENSE = {"regularize": ("ewc:1",), "fisher_data": "self", "fisher_records": 32}
 METHODS |= {
     "damping-0.1": _part("damping 0.1", keep_with(damping=0.1)),
     "damping-0.01": _part("damping 0.01", keep_with(damping=0.01)),
-    "damping-0.0001": _part("damping 0.0001", keep_with(damping=1e-4)),
-    "root": _part("square root of F, damping 0.03", keep_with(root, damping=0.03)),
+    "damping-0.001": _part("damping 0.001", keep_with(damping=0.001)),
+    "root": _part("square root of F, damping 0.05", keep_with(root, damping=0.05)),
     "by-leaf": _part("F relative to each leaf's mean", keep_with(by_leaf)),
     "leaf-mean": _part("one number a leaf", keep_with(leaf_mean)),
     # The penalty is left out; it has the dense estimate made.
