@@ -11,7 +11,6 @@ Started again, it goes on.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,7 @@ from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
 from mofo_jax import distance
-from mofo_jax.continual import fisher_diagonal, forward_kl, interpolate
-
-FISHER_PROMPTS = 300
+from mofo_jax.continual import forward_kl, interpolate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +107,9 @@ def run_one(
     """Fine-tunes by a variant and measures what the model then knows."""
     key, importance = jax.random.key(seed), None
     if variant.importance:
-        importance = _fisher(key, graphdef, pretrained, old)
+        importance = quickstart.own_fisher(
+            key, graphdef, pretrained, old, factored=variant.importance == "factored"
+        )
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes
         params = _fine_tune(
             key, rate, old, new, pretrained, importance, graphdef, variant
@@ -171,21 +170,6 @@ def _fine_tune(
     start = pretrained, optimizer.init(pretrained)
     (params, _), _ = jax.lax.scan(step, start, jax.random.split(key, variant.steps))
     return params
-
-
-def _fisher(key: Any, graphdef: Any, pretrained: Any, old: jax.Array) -> Any:
-    """The Fisher information of answers that the model draws to old prompts."""
-    rows, answers = jax.random.split(key)
-    chosen = jax.random.choice(rows, len(old), (FISHER_PROMPTS,), replace=False)
-    own = quickstart.value_logits(graphdef, pretrained, old[chosen])
-    facts = old[chosen].at[:, -1].set(jax.random.categorical(answers, own))
-    gradient = functools.partial(_gradient, graphdef=graphdef)
-    return fisher_diagonal(gradient, pretrained, facts[:, None])
-
-
-@jax.jit(static_argnames="graphdef")
-def _gradient(params: Any, facts: jax.Array, graphdef: Any) -> Any:
-    return jax.grad(quickstart.loss_fn)(params, graphdef, facts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

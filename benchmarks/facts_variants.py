@@ -1,7 +1,7 @@
 """What benchmarks/facts.py compares: variants of the optimizer, and of the task."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -38,7 +38,7 @@ class Variant(NamedTuple):
     new_names: int = 100  # each is given a new fact
     hidden_size: int = 64
     self_replay: float = 0.0  # weight of the KL on as many of the old prompts
-    importance: bool = False
+    importance: Literal["dense", "factored"] | None = None  # the Fisher information
     interpolate: float | None = None
 
 
@@ -81,8 +81,10 @@ VARIANTS: dict[str, Variant] = {
     "gradient 3%": Variant("gradient filter 3%", scored("gradient", 0.03), LARGEST),
     "gain": _scored("gain filter 10%", "gain"),
     "gain 3%": Variant("gain filter 3%", scored("gain", 0.03), LARGEST),
-    "metric": Variant("AdamW in the metric", in_metric, USUAL, importance=True),
-    "keep": Variant("keep: gain 10% in the metric", keeping, LARGER, importance=True),
+    "metric": Variant("AdamW in the metric", in_metric, USUAL, importance="factored"),
+    "keep": Variant(
+        "keep: gain 10% in the metric", keeping, LARGER, importance="factored"
+    ),
     "mv": _scored("MV filter 10%", "update"),
     "random": _scored("random filter 10%", "random", LARGEST),
     "hft": Variant("HFT", half, LARGER),
@@ -99,20 +101,20 @@ VARIANTS: dict[str, Variant] = {
     "slow": Variant("MoFO, mask renewed every 30 steps", persistent(30), LARGER),
     "sticky": _scored("MoFO, entries moved before x 4", sticky(4.0)),
     "spared": _scored(
-        "by momentum over sqrt of Fisher", spared, LARGEST, importance=True
+        "by momentum over sqrt of Fisher", spared, LARGEST, importance="dense"
     ),
-    "damped": Variant("AdamW damped by Fisher", damped, LARGER, importance=True),
+    "damped": Variant("AdamW damped by Fisher", damped, LARGER, importance="dense"),
     "l2": Variant("AdamW, L2", penalized(adamw, 4e-4), L2),
     "l2 mofo": Variant("MoFO 10%, L2", penalized(filtered(), 1.1e-3), L2),
-    "ewc": Variant("AdamW, EWC", penalized(adamw, 4e-4), EWC, importance=True),
+    "ewc": Variant("AdamW, EWC", penalized(adamw, 4e-4), EWC, importance="dense"),
     "ewc mofo": Variant(
-        "MoFO 10%, EWC", penalized(filtered(), 1.1e-3), EWC, importance=True
+        "MoFO 10%, EWC", penalized(filtered(), 1.1e-3), EWC, importance="dense"
     ),
     "ewc gradient": Variant(
         "gradient filter 10%, EWC",
         penalized(scored("gradient"), 1.1e-3),
         EWC,
-        importance=True,
+        importance="dense",
     ),
     "keep ewc": Variant("keep, EWC", penalized(keeping, 1.1e-3), EWC, importance=True),
     "wise-ft": Variant("AdamW, Wise-FT 0.7", adamw, LARGER, interpolate=0.7),

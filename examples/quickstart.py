@@ -1,9 +1,16 @@
-"""Quickstart: a small Llama forgets less when MoFO fine-tunes it. No files, no network.
+"""Quickstart: a small Llama learns new facts. How many old ones does it forget?
 
 A synthetic world holds facts (name, relation, value). A small Llama is pretrained until
-it recalls all of them, then fine-tuned on a new relation of some of the names, with
-AdamW and with MoFO at several learning rates. The table and the plot show, for every
-run, how many of the new facts it knows and how many of the old ones it still recalls.
+it recalls all of them. Then it is fine-tuned on a new relation of some of the names, at
+several learning rates each, with
+
+- AdamW,
+- MoFO: only the tenth of the entries with the largest momentum moves,
+- keep: only the tenth that lowers the loss most moves, and entries on which the
+  pretrained model's own answers depend move less. It sees no old answers.
+
+The table and the plot show, for every run, how many of the new facts the model knows
+and how many of the old ones it still recalls. No files, no network.
 
 Run it with `python -m examples.quickstart`; it takes one to two minutes on two cores.
 """
@@ -18,6 +25,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 import tyro
@@ -29,16 +37,27 @@ from examples import terminal
 from examples.checks import check_least, check_seed
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
-from examples.llama.reporting.plots import BLUE, ORANGE
+from examples.llama.reporting.plots import BLUE, INK, ORANGE, STYLE
 from mofo_jax import all_but_norms_and_biases, distance, mofo
+from mofo_jax.continual import (
+    fisher_diagonal,
+    pareto_frontier,
+    scale_by_fisher,
+    value_at_loss,
+)
 
 # A name is two tokens, so that a fact is (first, second, relation, value).
 FIRSTS, SECONDS, RELATIONS, VALUES = 20, 20, 4, 50
 OLD_RELATIONS = 3  # the fourth one is what fine-tuning teaches
 VOCABULARY = FIRSTS + SECONDS + RELATIONS + VALUES
 
-METHODS = {"AdamW": None, "MoFO 10%": 0.1, "MoFO 3%": 0.03}
-LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+LEARNING_RATES = {
+    "AdamW": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
+    "MoFO 10%": (5e-5, 1e-4, 3e-4, 1e-3, 4e-3),
+    "keep 10%": (5e-5, 1e-4, 2e-4, 3e-4, 6e-4),
+}
+MATCHED_LOSS = 0.01  # on the new facts, in nats; the methods are compared there
+FISHER_PROMPTS = 300
 LOOK_EVERY = 20  # pretraining steps, to see whether all is recalled
 
 
@@ -106,28 +125,71 @@ def recall(params: Any, graphdef: Any, facts: jax.Array) -> jax.Array:
     return jnp.mean(logits.argmax(-1) == facts[:, -1], dtype=jnp.float32)
 
 
-def make_optimizer(alpha: float | None, learning_rate: Any) -> Any:
-    if alpha is None:
+def make_optimizer(method: str, learning_rate: Any) -> Any:
+    """By the names in LEARNING_RATES. The update of "keep 10%" needs `fisher`."""
+    if method == "AdamW":
         return optax.adamw(learning_rate, weight_decay=0.0)
-    # The one line that changes.
-    return mofo(learning_rate, alpha, filter_mask=all_but_norms_and_biases)
+    if method == "MoFO 10%":
+        # The one line that changes.
+        return mofo(learning_rate, 0.1, filter_mask=all_but_norms_and_biases)
+    # keep: entries are chosen by gain, and steps divided by the Fisher information.
+    return mofo(
+        learning_rate,
+        0.1,
+        score="gain",
+        precondition=scale_by_fisher(),
+        filter_mask=all_but_norms_and_biases,
+    )
 
 
-@jax.jit(static_argnames=("graphdef", "alpha"), donate_argnames=("params", "state"))
+@jax.jit(static_argnames=("graphdef", "method"), donate_argnames=("params", "state"))
 def train_step(
     params: Any,
     state: Any,
     facts: jax.Array,
     learning_rate: jax.Array,
+    fisher: Any = None,
     *,
     graphdef: Any,
-    alpha: float | None,
+    method: str,
 ) -> tuple[Any, Any, jax.Array]:
     """One step; the learning rate is traced, so that all of them share a program."""
     loss, gradients = jax.value_and_grad(loss_fn)(params, graphdef, facts)
-    optimizer = make_optimizer(alpha, learning_rate)
-    updates, state = optimizer.update(gradients, state, params)
+    optimizer = optax.with_extra_args_support(make_optimizer(method, learning_rate))
+    updates, state = optimizer.update(gradients, state, params, fisher=fisher)
     return optax.apply_updates(params, updates), state, loss
+
+
+def own_fisher(
+    key: jax.Array,
+    graphdef: Any,
+    pretrained: Any,
+    old: jax.Array,
+    *,
+    factored: bool = True,
+) -> Any:
+    """The Fisher information of the pretrained model's own answers to old prompts.
+
+    Only FISHER_PROMPTS prompts (name, relation) of the old facts are used. The model
+    draws the values.
+    """
+    facts = np.asarray(_own_facts(key, pretrained, old, graphdef))
+    gradient = functools.partial(_gradient, graphdef=graphdef)
+    return fisher_diagonal(gradient, pretrained, facts[:, None], factored=factored)
+
+
+@jax.jit(static_argnames="graphdef")
+def _own_facts(key: jax.Array, pretrained: Any, old: jax.Array, graphdef: Any) -> Any:
+    rows, answers = jax.random.split(key)
+    chosen = jax.random.choice(rows, len(old), (FISHER_PROMPTS,), replace=False)
+    logits = value_logits(graphdef, pretrained, old[chosen])
+    values = jax.random.categorical(answers, logits)
+    return old[chosen].at[:, -1].set(values)
+
+
+@jax.jit(static_argnames="graphdef")
+def _gradient(params: Any, facts: jax.Array, graphdef: Any) -> Any:
+    return jax.grad(loss_fn)(params, graphdef, facts)
 
 
 def make_model(config: Config) -> tuple[Any, Any]:
@@ -151,8 +213,8 @@ def make_model(config: Config) -> tuple[Any, Any]:
 def pretrain(config: Config, old: jax.Array) -> tuple[Any, Any]:
     """Trains a new model until it recalls every old fact."""
     graphdef, params = make_model(config)
-    step = functools.partial(train_step, graphdef=graphdef, alpha=None)
-    state = make_optimizer(None, 0.0).init(params)
+    step = functools.partial(train_step, graphdef=graphdef, method="AdamW")
+    state = make_optimizer("AdamW", 0.0).init(params)
     bar = tqdm(
         range(config.pretraining_steps), desc="pretraining", **terminal.bar_style()
     )
@@ -177,19 +239,20 @@ def fine_tune(
     pretrained: Any,
     old: jax.Array,
     new: jax.Array,
-    alpha: float | None,
+    fisher: Any,
+    method: str,
     rate: float,
     bar: tqdm,
 ) -> dict[str, Any]:
     """One run from the pretrained parameters; returns what the table shows of it."""
-    step = functools.partial(train_step, graphdef=graphdef, alpha=alpha)
+    step = functools.partial(train_step, graphdef=graphdef, method=method)
     params = jax.tree.map(jnp.copy, pretrained)  # each step donates its arguments
-    state = make_optimizer(alpha, rate).init(params)
+    state = make_optimizer(method, rate).init(params)
     times = []
     for i in range(config.steps):
         start = time.perf_counter()
         params, state, loss = jax.block_until_ready(
-            step(params, state, new, jnp.float32(rate))
+            step(params, state, new, jnp.float32(rate), fisher)
         )
         times.append(time.perf_counter() - start)
         bar.update()
@@ -204,6 +267,70 @@ def fine_tune(
     }
 
 
+def old_facts_at_loss(
+    runs: list[dict[str, Any]], loss: float = MATCHED_LOSS
+) -> dict[str, float]:
+    """The share of old facts that each method recalls at a loss on the new ones.
+
+    Interpolated between learning rates. A method is left out if its runs do not span
+    that loss.
+    """
+    shares = {}
+    for method in dict.fromkeys(run["method"] for run in runs):
+        points = [
+            (np.log(run["loss"]), run["old_facts"])
+            for run in runs
+            if run["method"] == method and 0 < run["loss"] < np.inf
+        ]
+        if points:
+            curve = pareto_frontier(points, larger_is_better=True)
+            (share,) = value_at_loss([curve], float(np.log(loss)))
+            if np.isfinite(share):
+                shares[method] = float(share)
+    return shares
+
+
+def title_at_loss(runs: list[dict[str, Any]]) -> str:
+    """Which method forgets least, if one is ahead by a point or more, and numbers."""
+    shares = old_facts_at_loss(runs)
+    if not shares:
+        return "At the same loss on the new facts"
+    title = f"At a loss of {MATCHED_LOSS} on the new facts"
+    if shares.keys() == {run["method"] for run in runs}:
+        first, *others = sorted(shares, key=lambda method: -shares[method])
+        if others and shares[first] - shares[others[0]] >= 0.01:
+            best = f"{_short(first)} forgets the fewest old facts"
+            title = f"At a loss of {MATCHED_LOSS}, {best}"
+    numbers = [f"{_short(method)} {share:.0%}" for method, share in shares.items()]
+    return f"{title}\nRecalled: {', '.join(numbers)}"
+
+
+def sentence_at_loss(runs: list[dict[str, Any]]) -> str:
+    """The title's numbers as a sentence, which also names methods without a number."""
+    shares = old_facts_at_loss(runs)
+    if not shares:
+        return f"No method's runs span a loss of {MATCHED_LOSS} on the new facts."
+    parts = [f"{_short(method)} {share:.0%}" for method, share in shares.items()]
+    name, number = parts[0].split(" ")
+    parts[0] = f"{name} recalls {number} of the old ones"
+    text = f"At a loss of {MATCHED_LOSS} on the new facts, {_listed(parts)}"
+    missing = dict.fromkeys(
+        run["method"] for run in runs if run["method"] not in shares
+    )
+    if missing:
+        text += f"; the runs of {_listed(list(map(_short, missing)))} do not span it"
+    return text + "."
+
+
+def _short(method: str) -> str:
+    return method.split(" ")[0]
+
+
+def _listed(parts: list[str]) -> str:
+    *before, last = parts
+    return f"{', '.join(before)} and {last}" if before else last
+
+
 def print_table(runs: list[dict[str, Any]]) -> None:
     print(
         f"\n{'method':9} {'learning rate':>13} {'new facts':>10} {'loss':>8} "
@@ -215,31 +342,30 @@ def print_table(runs: list[dict[str, Any]]) -> None:
             f"{run['loss']:8.4f} {run['old_facts']:10.1%} {run['distance']:9.2f} "
             f"{run['ms_per_step']:8.1f}"
         )
-    print(
-        "\nCompare at the same learning rate, and also at the same loss on the new "
-        "facts:\na smaller learning rate makes AdamW, too, forget less."
-    )
+    print(f"\n{sentence_at_loss(runs)}")
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    styles = zip(METHODS, (BLUE, ORANGE, "black"), "os^", strict=True)
-    for method, color, marker in styles:
-        mine = [run for run in runs if run["method"] == method]
-        style = {"color": color, "marker": marker, "label": method}
-        rates = [run["learning_rate"] for run in mine]
-        kept = [100 * run["old_facts"] for run in mine]
-        left.plot(rates, kept, **style)
-        right.plot([run["loss"] for run in mine], kept, **style)
-    left.set(xscale="log", xlabel="learning rate", ylabel="old facts recalled (%)")
-    left.set_title("At the same learning rate")
-    right.set(xscale="log", xlabel="loss on the new facts (nats)")
-    right.set_title("At the same loss on the new facts")
-    left.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        right.axvline(MATCHED_LOSS, color=INK, linewidth=0.8, linestyle=":")
+        styles = zip(LEARNING_RATES, (BLUE, ORANGE, INK), "os^", strict=True)
+        for method, color, marker in styles:
+            mine = [run for run in runs if run["method"] == method]
+            style = {"color": color, "marker": marker, "label": method}
+            rates = [run["learning_rate"] for run in mine]
+            kept = [100 * run["old_facts"] for run in mine]
+            left.plot(rates, kept, **style)
+            right.plot([run["loss"] for run in mine], kept, **style)
+        left.set(xscale="log", xlabel="learning rate", ylabel="old facts recalled (%)")
+        left.set(title="At the same learning rate", ylim=(0, 102))
+        right.set(xscale="log", xlabel="loss on the new facts (nats)")
+        right.set_title(title_at_loss(runs))
+        right.legend(loc="lower right")
+        for axes in (left, right):
+            axes.grid(True)
+        figure.savefig(path, dpi=120)
 
 
 def main(config: Config) -> list[dict[str, Any]]:
@@ -249,14 +375,15 @@ def main(config: Config) -> list[dict[str, Any]]:
     old, new = make_world(config.seed, config.new_names)
     print(f"{len(old)} old facts to recall, {len(new)} new ones to learn")
     graphdef, pretrained = pretrain(config, old)
+    fisher = own_fisher(jax.random.key(config.seed), graphdef, pretrained, old)
     runs = []
-    total = len(METHODS) * len(LEARNING_RATES) * config.steps
+    total = sum(map(len, LEARNING_RATES.values())) * config.steps
     with tqdm(total=total, desc="fine-tuning", **terminal.bar_style()) as bar:
-        for method, alpha in METHODS.items():
-            for rate in LEARNING_RATES:
+        for method, rates in LEARNING_RATES.items():
+            for rate in rates:
                 bar.set_description(f"{method}, learning rate {rate:.0e}")
                 run = fine_tune(
-                    config, graphdef, pretrained, old, new, alpha, rate, bar
+                    config, graphdef, pretrained, old, new, fisher, method, rate, bar
                 )
                 runs.append({"method": method, "learning_rate": rate, **run})
     print_table(runs)

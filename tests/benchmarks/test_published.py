@@ -8,6 +8,7 @@ import pytest
 from benchmarks import facts_report, forgetting_report
 from benchmarks.facts_variants import VARIANTS
 from benchmarks.forgetting_methods import METHODS
+from examples import quickstart
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"
@@ -51,3 +52,27 @@ def test_rows_are_quoted_as_they_are(document):
     assert quoted
     for table in quoted:
         assert len(table) > 3 and set(table) <= lines
+
+
+def quickstart_runs():
+    return json.loads((RESULTS / "quickstart.json").read_text())["runs"]
+
+
+def test_the_quickstarts_results_are_of_its_methods():
+    there = [(run["method"], run["learning_rate"]) for run in quickstart_runs()]
+    rates = quickstart.LEARNING_RATES
+    assert there == [(method, rate) for method in rates for rate in rates[method]]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
+def test_the_quickstarts_numbers_are_quoted_as_they_are(document):
+    runs = quickstart_runs()
+    text = " ".join((ROOT / document).read_text().split())
+    assert quickstart.sentence_at_loss(runs) in text
+    adamw, mofo, keep = quickstart.old_facts_at_loss(runs, 0.003).values()
+    shares = f"{adamw:.0%}, {mofo:.0%} and {keep:.0%}"
+    assert f"At a loss of 0.003 the shares are {shares}." in text
+    assert "Above 0.02 `keep` has no advantage." in text
+    for loss, sign in ((0.01, 1), (0.03, -1)):
+        found = quickstart.old_facts_at_loss(runs, loss)
+        assert sign * (found["keep 10%"] - found["AdamW"]) > 0
