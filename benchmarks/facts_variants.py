@@ -122,7 +122,7 @@ VARIANTS: dict[str, Variant] = {
     "self": Variant("AdamW, self-replay", adamw, USUAL, self_replay=1.0),
     "self mofo": Variant("MoFO, self-replay", filtered(), LARGER, self_replay=1.0),
     "keep self": Variant(
-        "keep, self-replay", keeping, LARGER, self_replay=1.0, importance=True
+        "keep, self-replay", keeping, LARGER, self_replay=1.0, importance="factored"
     ),
     **_task("batches of 10", batch_size=10),
     **_task("100 steps", 2.0, steps=100),
