@@ -116,7 +116,9 @@ VARIANTS: dict[str, Variant] = {
         EWC,
         importance="dense",
     ),
-    "keep ewc": Variant("keep, EWC", penalized(keeping, 1.1e-3), EWC, importance=True),
+    "keep ewc": Variant(
+        "keep, EWC", penalized(keeping, 1.1e-3), EWC, importance="dense"
+    ),
     "wise-ft": Variant("AdamW, Wise-FT 0.7", adamw, LARGER, interpolate=0.7),
     "wise-ft mofo": Variant("MoFO, Wise-FT 0.7", filtered(), LARGEST, interpolate=0.7),
     "self": Variant("AdamW, self-replay", adamw, USUAL, self_replay=1.0),
