@@ -69,10 +69,9 @@ def test_the_quickstarts_numbers_are_quoted_as_they_are(document):
     runs = quickstart_runs()
     text = " ".join((ROOT / document).read_text().split())
     assert quickstart.sentence_at_loss(runs) in text
-    adamw, mofo, keep = quickstart.old_facts_at_loss(runs, 0.003).values()
-    shares = f"{adamw:.0%}, {mofo:.0%} and {keep:.0%}"
-    assert f"At a loss of 0.003 the shares are {shares}." in text
-    assert "Above 0.02 `keep` has no advantage." in text
-    for loss, sign in ((0.01, 1), (0.03, -1)):
-        found = quickstart.old_facts_at_loss(runs, loss)
-        assert sign * (found["keep 10%"] - found["AdamW"]) > 0
+    for loss, words in (
+        (0.003, "At a loss of 0.003 the shares are"),
+        (0.03, "at 0.03 they are"),
+    ):
+        adamw, mofo, keep = quickstart.old_facts_at_loss(runs, loss).values()
+        assert f"{words} {adamw:.0%}, {mofo:.0%} and {keep:.0%}" in text

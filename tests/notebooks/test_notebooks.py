@@ -65,7 +65,7 @@ def test_quickstart(tmp_path):
     text, pictures = shown(execute("quickstart", {"STEPS": 2}, tmp_path))
     assert "115 of 1152 entries moved" in text and pictures == 2
     runs = json.loads((tmp_path / "runs/quickstart/quickstart.json").read_text())
-    assert len(runs["runs"]) == 15 and "MoFO 3%" in text
+    assert len(runs["runs"]) == 15 and "keep 10%" in text
 
 
 @pytest.mark.slow
