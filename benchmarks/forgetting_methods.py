@@ -14,6 +14,7 @@ from benchmarks.forgetting_optimizers import (
     partially_adaptive,
     root,
 )
+from benchmarks.forgetting_oracle import oracle
 from examples.llama.training.config import Config
 from examples.llama.training.optimizers import MakeOptimizer
 from examples.llama.training.steps import Loss
@@ -203,9 +204,12 @@ METHODS |= {
     "by-momentum": _part("filter by momentum", method="mofo", importance="self"),
     "by-gradient": _part("filter by gradient", method="gradient", importance="self"),
     "quarter": _part("v^(1/4)", keep_partially_adaptive),
+    "oracle": Method(
+        "oracle: momentum, the whole matrix F", ADAMW, WIDE, PARTS, oracle
+    ),
 }
 ABLATION = (
-    *("adamw", "mofo", "gain", "metric", "keep"),
+    *("adamw", "mofo", "gain", "metric", "metric-sgd", "keep"),
     *(name for name, method in METHODS.items() if method.group == PARTS),
 )
 

@@ -1,0 +1,106 @@
+"""How much a metric could keep: steps in that of the whole Fisher matrix.
+
+A diagonal, or factors of it, leave out which entries make up for each other. The whole
+matrix has too many entries, but its product with a vector takes two passes over the
+texts, and conjugate gradients need no more. That is an oracle for the frontier, not a
+method: a step takes many times as long.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from benchmarks.forgetting_optimizers import at_unit_scale
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.loss import predict
+from examples.llama.model.products import float32_einsum
+from examples.llama.text.rows import ordered_batches
+from examples.llama.text.tokenizer import load_tokenizer
+from examples.llama.training.config import Config
+from examples.llama.training.optimizers import scale_by_given_learning_rate
+from examples.llama.training.own_texts import text_rows, write_texts
+
+TEXTS, LENGTH = 8, 128  # that the pretrained model writes
+ITERATIONS = 10  # of conjugate gradients, in each step
+DAMPING = 0.003  # relative to the mean of the diagonal, as that of `scale_by_fisher`
+PROBES = 8  # random vectors that the mean of the diagonal is estimated with
+
+
+def oracle(config: Config) -> optax.GradientTransformation:
+    """Momentum over the Fisher matrix of the pretrained model's own texts.
+
+    Solves (F + damping * mean diag F) step = momentum, as far as the iterations go.
+    """
+    model = load_model(config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    texts = write_texts(model, tokenizer, TEXTS, LENGTH, seed=config.seed)
+    rows = text_rows(texts, LENGTH, tokenizer.pad_id)
+    batch = next(ordered_batches(rows, TEXTS))
+    graph, pretrained = nnx.split(model)
+
+    def product(vector: Any) -> Any:
+        return fisher_product(graph, pretrained, batch, vector)
+
+    with jax.numpy_dtype_promotion("standard"):  # as in compile_step
+        damping = DAMPING * _mean_diagonal(jax.jit(product), pretrained)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        solved, _ = jax.scipy.sparse.linalg.cg(
+            lambda x: optax.tree.add_scale(product(x), damping, x),
+            updates,
+            maxiter=ITERATIONS,
+        )
+        return solved, state
+
+    return optax.chain(
+        optax.ema(0.9),
+        optax.GradientTransformation(optax.init_empty_state, update),
+        at_unit_scale(),
+        scale_by_given_learning_rate(),
+    )
+
+
+def fisher_product(
+    graph: nnx.GraphDef, params: Any, batch: dict[str, Any], vector: Any
+) -> Any:
+    """The Fisher matrix of a batch's predictions, by token, times a vector.
+
+    The matrix is the mean over counted tokens of J' (diag(p) - p p') J, where J is the
+    derivative of the logits by the parameters, and p are the probabilities.
+
+    Args:
+      graph: Of the model.
+      params: Its parameters.
+      batch: Texts, as those that training takes.
+      vector: A tree like the parameters, and so is the product.
+    """
+
+    def logits(params: Any) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, params)
+        # As packed rows, whose attention has forward derivatives too.
+        hidden, _, mask = predict(model, batch, packed=True)
+        return float32_einsum("bld,dv->blv", hidden, model.head()), mask
+
+    found, tangent, mask = jax.jvp(logits, (params,), (vector,), has_aux=True)
+    p = jax.nn.softmax(found)
+    changed = p * (tangent - jnp.sum(p * tangent, axis=-1, keepdims=True))
+    changed *= mask[..., None] / jnp.sum(mask, dtype=jnp.float32)
+    _, pull, _ = jax.vjp(logits, params, has_aux=True)
+    (result,) = pull(changed)
+    return result
+
+
+def _mean_diagonal(product: Any, like: Any) -> jax.Array:
+    """By Hutchinson's estimate, with signs."""
+    size = sum(x.size for x in jax.tree.leaves(like))
+
+    def one(key: jax.Array) -> jax.Array:
+        signs = optax.tree.random_like(key, like, sampler=jax.random.rademacher)
+        return optax.tree.vdot(signs, product(signs)) / size
+
+    keys = jax.random.split(jax.random.key(0), PROBES)
+    return jnp.mean(jnp.stack([one(key) for key in keys]))
