@@ -2,8 +2,8 @@
 
 python -m benchmarks.situations --results docs/results
 
-Reads what benchmarks.forgetting, benchmarks.facts and benchmarks.cost_fine_tuning
-wrote, and writes situations.md beside them.
+Reads what benchmarks.forgetting and benchmarks.facts wrote, and writes situations.md
+beside them. A row or a column appears as soon as its study has complete curves.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from benchmarks import facts_report, forgetting_report
 from benchmarks.matched_table import span
 from examples import terminal
 from examples.files import read_json_object
-from mofo_jax.continual import bootstrap_interval, value_at_loss
+from examples.llama.reporting.measured import MEASURES
+from mofo_jax.continual import Comparison, bootstrap_interval, value_at_loss
 
 # The middle one of the held-out losses that the studies compare at.
 PAIRS = {
@@ -63,20 +64,26 @@ class Args:
     """The directory of the studies' JSON files."""
 
 
-def share(results: dict[str, Any], method: str) -> np.ndarray | None:
+def share(results: dict[str, Any], method: str, measure: str) -> np.ndarray | None:
     """What a method forgets over what AdamW does, by seed, at the middle loss.
 
-    Forgetting is the retained-text loss above the pretrained model's. None where the
-    method or AdamW does not reach the loss with every seed.
+    Args:
+      results: What benchmarks.forgetting wrote.
+      method: A name there.
+      measure: "retain_loss", of which what is above the pretrained model's counts as
+        forgotten, or "kl".
+
+    Returns:
+      [seeds]; None where the method or AdamW does not reach the loss with every seed.
     """
-    found = forgetting_report.curves(results, "retain_loss")
+    found = forgetting_report.curves(results, measure)
     if method not in found or "adamw" not in found:
         return None
-    loss = middle(results)
     seeds = min(len(found[method]), len(found["adamw"]))
-    before = results["pretrained"]["retain_loss"]
+    before = results["pretrained"][measure]
     forgotten, base = (
-        value_at_loss(found[name][:seeds], loss) - before for name in (method, "adamw")
+        value_at_loss(found[name][:seeds], middle(results)) - before
+        for name in (method, "adamw")
     )
     shares: np.ndarray = forgotten / base
     return None if np.isnan(shares).any() else shares
@@ -84,40 +91,47 @@ def share(results: dict[str, Any], method: str) -> np.ndarray | None:
 
 def middle(results: dict[str, Any]) -> float:
     """The middle one of the losses that the report compares at."""
-    losses = forgetting_report.targets(forgetting_report.curves(results, "retain_loss"))
+    losses = forgetting_report.targets(forgetting_report.curves(results, "kl"))
     return losses[1]
 
 
 def report(directory: Path) -> str:
     """Markdown: a row for each situation."""
-    studies = {
-        pair: read_json_object(directory / f"{name}.json")
-        for pair, name in PAIRS.items()
-    }
-    facts = read_json_object(directory / "facts.json")
-    gaps = facts_report.gaps(facts, "old_facts", FACTS_LOSS)
-    heads = [f"{pair}, at {middle(study):.3g}" for pair, study in studies.items()]
+    files = {pair: directory / f"{name}.json" for pair, name in PAIRS.items()}
+    studies = {k: read_json_object(v) for k, v in files.items() if v.exists()}
+    facts = facts_report.gaps(
+        read_json_object(directory / "facts.json"), "old_facts", FACTS_LOSS
+    )
+    columns: dict[str, dict[str, str]] = {}
+    for pair, study in studies.items():
+        for measure in forgetting_report.FORGOTTEN:
+            head = f"{pair}, at {middle(study):.3g}: {MEASURES[measure].name}"
+            columns[head] = {
+                row.method: _percent(share(study, row.method, measure))
+                for row in SITUATIONS
+            }
+    if SITUATIONS[-1].variant in facts:
+        columns[f"facts, at {FACTS_LOSS}"] = {
+            row.method: _points(facts.get(row.variant)) for row in SITUATIONS
+        }
     lines = [
         "# What to run",
         "",
         "For the pairs of texts: what is forgotten, as a share of what AdamW forgets "
-        "at the same held-out loss (the middle one of those that the studies compare "
-        "at). For the facts: how many more old facts, in percentage points, are "
-        f"recalled than with AdamW at a loss of {FACTS_LOSS} on the new ones. All with "
-        "95% bootstrap intervals over seeds. Written by "
-        "`python -m benchmarks.situations`.",
+        "at the same held-out loss, the middle one of those that the study compares "
+        "at. It is measured by the loss on the retained text above the pretrained "
+        "model's, and by the KL from the pretrained model. For the facts: how many "
+        "percentage points more of the old facts are recalled than with AdamW at the "
+        "same loss on the new ones. In parentheses, 95% bootstrap intervals over "
+        "seeds. Written by `python -m benchmarks.situations`.",
         "",
-        f"| you have | run | {' | '.join(heads)} | facts, at {FACTS_LOSS} |",
-        "|---" * (len(heads) + 3) + "|",
+        f"| you have | run | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 2) + "|",
     ]
     for row in SITUATIONS:
-        cells = [row.have, row.run]
-        for study in studies.values():
-            cells.append(_percent(share(study, row.method)))
-        gap = gaps.get(row.variant)
-        limits = "" if gap is None or not gap.gap else span(gap.interval, "+.1f")
-        cells.append(f"{gap.gap:+.1f} ({limits})" if gap and limits else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [column[row.method] for column in columns.values()]
+        if any(cells):
+            lines.append(f"| {' | '.join([row.have, row.run, *cells])} |")
     return "\n".join([*lines, ""])
 
 
@@ -126,7 +140,15 @@ def _percent(shares: np.ndarray | None) -> str:
         return ""
     if (shares == 1).all():
         return "100%"
-    return f"{shares.mean():.0%} ({span(bootstrap_interval(shares), '.0%')})"
+    limits = span(bootstrap_interval(shares), ".0%")
+    return f"{shares.mean():.0%} ({limits})" if limits else f"{shares.mean():.0%}"
+
+
+def _points(gap: Comparison | None) -> str:
+    if gap is None or not gap.gap:
+        return ""
+    limits = span(gap.interval, "+.1f")
+    return f"{gap.gap:+.1f} ({limits})" if limits else f"{gap.gap:+.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

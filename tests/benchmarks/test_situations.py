@@ -10,13 +10,14 @@ from benchmarks.facts_variants import VARIANTS
 from tests.benchmarks.test_forgetting import SHIFTS, made_up
 
 
-def write_studies(root, seeds=3):
+def write_studies(root, seeds=3, variants=("adamw, usual", "keep")):
     for name in situations.PAIRS.values():
         (root / f"{name}.json").write_text(json.dumps(made_up(seeds)))
     rng, runs = np.random.default_rng(0), []
     for seed in range(seeds):
         offset = 0.01 * rng.normal()
-        for name, gain in (("adamw, usual", 0.0), ("keep", 0.12)):
+        for name in variants:
+            gain = 0.0 if name == "adamw, usual" else 0.12
             rates = VARIANTS[name].rates
             losses = np.geomspace(0.2, 0.001, len(rates))
             for rate, loss in zip(rates, losses, strict=True):
@@ -33,12 +34,12 @@ def test_shares():
     loss = situations.middle(results)
     assert loss == pytest.approx(2.35)
     forgotten = (3 - loss) ** 2 / 4 + 0.1
-    shares = situations.share(results, "mofo")
+    shares = situations.share(results, "mofo", "retain_loss")
     expected = (forgotten + SHIFTS["mofo"]) / forgotten
     np.testing.assert_allclose(shares, np.full(3, expected), atol=0.03)
-    assert (situations.share(results, "adamw") == 1).all()
-    assert situations.share(results, "hft") is None  # elsewhere
-    assert situations.share(results, "gain") is None  # not there
+    assert (situations.share(results, "adamw", "kl") == 1).all()
+    assert situations.share(results, "hft", "kl") is None  # elsewhere
+    assert situations.share(results, "gain", "kl") is None  # not there
 
 
 def test_table(tmp_path, capsys):
@@ -47,13 +48,25 @@ def test_table(tmp_path, capsys):
     text = (tmp_path / "situations.md").read_text()
     assert capsys.readouterr().out == text + "\n"
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(situations.SITUATIONS)
-    head, adamw, mofo, _, keep, *_ = rows
-    assert head[2].endswith("at 2.35") and head[4] == "facts, at 0.01 |"
-    assert adamw[2:4] == ["100%", "100%"]
-    assert mofo[2][-1] == ")" and float(mofo[2].split("%")[0]) < 80
-    assert keep[2] == ""
-    assert keep[4].startswith("+12.0 (+12.0 to +12.0)")
+    head, adamw, mofo = rows  # what has no curve has no row
+    assert len(head) == 2 + 2 * len(situations.PAIRS)
+    assert "at 2.35" in head[2] and "KL" in head[3]
+    assert set(adamw[2:-1]) == {"100%"}
+    assert mofo[1] == "`--method mofo`"
+    share = situations.share(made_up(), "mofo", "retain_loss")
+    assert mofo[2].startswith(f"{share.mean():.0%} (")
+
+
+def test_facts_have_a_column_once_all_are_there(tmp_path):
+    write_studies(tmp_path, variants=[row.variant for row in situations.SITUATIONS])
+    head, adamw, mofo, gain, *_ = [
+        line.strip("| ").split(" | ")
+        for line in situations.report(tmp_path).splitlines()
+        if line.startswith("| ")
+    ]
+    assert head[-1] == "facts, at 0.01"
+    assert adamw[-1] == "100%"  # no gap to itself
+    assert mofo[-1] == gain[-1] == "+12.0 (+12.0 to +12.0)"
 
 
 def test_a_missing_study(tmp_path, capsys):
