@@ -41,6 +41,7 @@ from examples.llama.reporting.plots import BLUE, INK, ORANGE, STYLE
 from mofo_jax import all_but_norms_and_biases, distance, mofo
 from mofo_jax.continual import (
     fisher_diagonal,
+    fisher_probe,
     pareto_frontier,
     scale_by_fisher,
     value_at_loss,
@@ -170,26 +171,24 @@ def own_fisher(
 ) -> Any:
     """The Fisher information of the pretrained model's own answers to old prompts.
 
-    Only FISHER_PROMPTS prompts (name, relation) of the old facts are used. The model
-    draws the values.
+    Only FISHER_PROMPTS prompts (name, relation) of the old facts are used, and all
+    values that the model might answer, as likely as it finds them.
     """
-    facts = np.asarray(_own_facts(key, pretrained, old, graphdef))
-    gradient = functools.partial(_gradient, graphdef=graphdef)
-    return fisher_diagonal(gradient, pretrained, facts[:, None], factored=factored)
-
-
-@jax.jit(static_argnames="graphdef")
-def _own_facts(key: jax.Array, pretrained: Any, old: jax.Array, graphdef: Any) -> Any:
-    rows, answers = jax.random.split(key)
+    rows, probes = jax.random.split(key)
     chosen = jax.random.choice(rows, len(old), (FISHER_PROMPTS,), replace=False)
-    logits = value_logits(graphdef, pretrained, old[chosen])
-    values = jax.random.categorical(answers, logits)
-    return old[chosen].at[:, -1].set(values)
+    examples = zip(old[chosen], jax.random.split(probes, FISHER_PROMPTS), strict=True)
+    gradient = functools.partial(_gradient, graphdef=graphdef)
+    return fisher_diagonal(gradient, pretrained, examples, factored=factored)
 
 
 @jax.jit(static_argnames="graphdef")
-def _gradient(params: Any, facts: jax.Array, graphdef: Any) -> Any:
-    return jax.grad(loss_fn)(params, graphdef, facts)
+def _gradient(params: Any, example: Any, graphdef: Any) -> Any:
+    fact, key = example
+
+    def probe(params: Any) -> jax.Array:
+        return fisher_probe(value_logits(graphdef, params, fact[None]), key)
+
+    return jax.grad(probe)(params)
 
 
 def make_model(config: Config) -> tuple[Any, Any]:

@@ -4,7 +4,11 @@ All of it works with any model and any training loop.
 """
 
 from mofo_jax.continual._divergence import forward_kl
-from mofo_jax.continual._fisher import FactoredFisher, fisher_diagonal
+from mofo_jax.continual._fisher import (
+    FactoredFisher,
+    fisher_diagonal,
+    fisher_probe,
+)
 from mofo_jax.continual._gem import project_gradient
 from mofo_jax.continual._hft import half_fine_tuning_mask
 from mofo_jax.continual._interpolation import interpolate
@@ -35,6 +39,7 @@ __all__ = [
     "compare_at_loss",
     "draw_texts",
     "fisher_diagonal",
+    "fisher_probe",
     "forward_kl",
     "forward_transfer",
     "half_fine_tuning_mask",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from mofo_jax._checks import at_least_float32
 from mofo_jax._leaves import check_same_shapes, leaf_names
@@ -43,7 +44,8 @@ def fisher_diagonal(
 
     Args:
       gradient: A function of parameters and one example that returns the gradient of
-        the example's negative log-likelihood, a pytree like the parameters. Jit it.
+        the example's negative log-likelihood, or of :func:`fisher_probe`, a pytree like
+        the parameters. Jit it.
         With a batch's mean in place of an example the result is smaller, by the
         batch's size where gradients are independent.
       params: Pytree of arrays.
@@ -85,6 +87,56 @@ def fisher_diagonal(
     if total is None:
         raise ValueError("examples must be one or more, got none")
     return jax.tree.map(lambda x: x / count, total)
+
+
+def fisher_probe(
+    logits: jax.Array, key: jax.Array, mask: jax.typing.ArrayLike = True
+) -> jax.Array:
+    r"""A scalar whose gradient, squared, estimates the Fisher information.
+
+    To be differentiated in place of a negative log-likelihood, in the ``gradient`` of
+    :func:`fisher_diagonal`. The mean over keys is the Fisher information of the
+    predictions at all positions, as it is for answers that the model draws. But where
+    the model is sure, drawn answers hardly vary: nearly all gradients are small, and a
+    few unlikely answers decide everything. Here no answer is drawn. With random signs
+    s, :math:`\langle z, w \rangle` is returned for the logits z, where
+
+    .. math::
+      w = \sqrt{p} \odot s - p \langle \sqrt{p}, s \rangle, \qquad
+      \mathrm{E}[w w^\top] = \mathrm{diag}(p) - p p^\top
+
+    so that every possible answer has its part in each estimate. No gradient goes
+    through w.
+
+    Args:
+      logits: Floating, [..., V].
+      key: From ``jax.random.key``, another one for each example.
+      mask: Which positions count, bool of a shape that broadcasts to [...].
+
+    Returns:
+      A float32 scalar (or wider where logits are).
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mofo_jax.continual import fisher_diagonal, fisher_probe
+    >>> gradient = jax.jit(jax.grad(fisher_probe))
+    >>> keys = jax.random.split(jax.random.key(0), 500)
+    >>> logits = jnp.log(jnp.array([0.98, 0.01, 0.01]))  # of one position
+    >>> fisher = fisher_diagonal(gradient, logits, keys)
+    >>> jnp.allclose(fisher, jnp.array([0.0196, 0.0099, 0.0099]), rtol=0.1)  # p (1 - p)
+    Array(True, dtype=bool)
+
+    References:
+      Dangel et al., `BackPACK: Packing more into Backprop
+      <https://arxiv.org/abs/1912.10985>`_, 2020 (the square root of the Hessian);
+      Hutchinson, `A stochastic estimator of the trace of the influence matrix
+      <https://doi.org/10.1080/03610918908812806>`_, 1989 (the signs).
+    """
+    logits = at_least_float32(logits)
+    p = lax.stop_gradient(jax.nn.softmax(logits))
+    root = jnp.sqrt(p) * jax.random.rademacher(key, p.shape, p.dtype)
+    weights = root - p * jnp.sum(root, axis=-1, keepdims=True)
+    total = jnp.sum(logits * weights, axis=-1)
+    return jnp.sum(jnp.where(mask, total, jnp.zeros_like(total)))
 
 
 def match_fisher(fisher: Any, other: str, like: Any) -> Any:

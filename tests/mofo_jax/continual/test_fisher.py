@@ -9,7 +9,12 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mofo_jax.continual import FactoredFisher, fisher_diagonal, scale_by_fisher
+from mofo_jax.continual import (
+    FactoredFisher,
+    fisher_diagonal,
+    fisher_probe,
+    scale_by_fisher,
+)
 
 PARAMS = {
     "kernel": jnp.zeros((6, 4)),
@@ -40,6 +45,39 @@ def test_fisher_of_logistic_regression():
     fisher = fisher_diagonal(jax.jit(jax.grad(loss)), jnp.float32(w), examples)
     exact = np.mean(x**2 * (p * (1 - p))[:, None], axis=0)
     np.testing.assert_allclose(fisher, exact, rtol=0.1)
+
+
+def test_probe_is_that_of_the_softmax():
+    """J' (diag(p) - p p') J, of every position that counts."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)  # positions, features
+    w = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    mask = jnp.array([True, False, True])
+    p = np.asarray(jax.nn.softmax(x @ w))
+    variance = p * (1 - p) * np.asarray(mask)[:, None]
+    exact = np.einsum("ti,tj->ij", np.square(x), variance)
+
+    @jax.jit
+    @jax.grad
+    def gradient(w, key):
+        return fisher_probe(x @ w, key, mask)
+
+    keys = jax.random.split(jax.random.key(0), 3000)
+    found = fisher_diagonal(gradient, w, keys)
+    np.testing.assert_allclose(found, exact, rtol=0.1)
+
+
+def test_probe_of_a_sure_model():
+    """One probe sees the unlikely answers, which hardly any drawn one would be."""
+    logits = jnp.array([12.0, 0.0, 0.0])
+    p = jax.nn.softmax(logits)
+    probed = jnp.square(jax.grad(fisher_probe)(logits, jax.random.key(0)))
+    np.testing.assert_allclose(probed[1:], (p * (1 - p))[1:], rtol=0.02)
+
+
+def test_probe_of_low_precision():
+    probe = fisher_probe(jnp.ones((2, 3), jnp.bfloat16), jax.random.key(0))
+    assert probe.dtype == jnp.float32 and probe.shape == ()
 
 
 def test_fisher_needs_examples():
