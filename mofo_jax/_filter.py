@@ -248,13 +248,15 @@ def _stored(gain: jax.Array, step: jax.Array) -> jax.Array:
 
     Otherwise XLA computes gains again where they are compared with the thresholds.
     """
-    kept: jax.Array
-    if jax.default_backend() == "cpu":
-        # There XLA removes barriers early. It does not know that this is always true.
-        kept = lax.cond(step >= 0, lambda x: x, jnp.zeros_like, gain)
-    else:
-        kept = lax.optimization_barrier(gain)
-    return kept
+    if jax.default_backend() != "cpu":
+        stored: jax.Array = lax.optimization_barrier(gain)
+        return stored
+    # There XLA removes barriers early. It does not know that this loop never runs, and
+    # passes the gain through it without a copy.
+    _, stored = lax.while_loop(
+        lambda carry: carry[0] < 0, lambda carry: (carry[0], -carry[1]), (step, gain)
+    )
+    return stored
 
 
 def _where(filtered: list[bool], values: list[Any]) -> list[Any]:

@@ -231,8 +231,11 @@ def test_memory_is_one_gain_an_entry(program, kind):
     step = jax.jit(step, donate_argnums=(0, 1))
     compiled = step.lower(params, state, fisher).compile()
     copies = compiled.memory_analysis().temp_size_in_bytes / (4 * n * n * leaves)
-    # What any optimizer may return has to be kept until it is selected.
-    assert copies < (2.4 if kind == "filter_by_momentum" else 1.4)
+    # The metric's divisor is kept a leaf at a time. What any optimizer may return has
+    # to be kept until it is selected.
+    most = {"mofo": 1.1, "preconditioned": 1.2, "filter_by_momentum": 2.1}[kind]
+    # Away from one CPU device leaves are searched in stacks.
+    assert copies < most + 0.2 * (program == "any device")
 
 
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
