@@ -25,8 +25,8 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import cost_report
-from benchmarks.cost_fine_tuning import whole_step
 from benchmarks.cost_others import others
+from benchmarks.cost_whole_step import whole_step
 from benchmarks.outputs import load, make_room, publish
 from benchmarks.turns import (
     GRADIENTS,

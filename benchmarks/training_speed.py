@@ -19,52 +19,27 @@ from typing import Any, get_args
 import jax
 import numpy as np
 import tyro
-from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.outputs import make_room
+from benchmarks.training_step import (
+    SHAPES,
+    batch_of,
+    prompt_length,
+    random_model,
+    training_step,
+)
 from examples import terminal
 from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.checkpoints.huggingface_config import to_hugging_face
-from examples.llama.model.architectures import ARCHITECTURES, LlamaConfig
+from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.flops import peak_flops, training_flops
-from examples.llama.model.llama import REMAT_POLICIES, Llama
+from examples.llama.model.llama import REMAT_POLICIES
+from examples.llama.model.loss import Batch
 from examples.llama.model.parameters import DTypeName
-from examples.llama.model.sharding import make_mesh, put_batch, replicated
-from examples.llama.training.config import Config
-from examples.llama.training.optimizers import make_optimizer
-from examples.llama.training.steps import Fixed, compile_step, init_state, make_step
-
-SHAPES = {
-    "260K": LlamaConfig(  # of llama2.c's stories260K
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    ),
-    "24M": LlamaConfig(  # of llama2.c's stories15M, which ties its embeddings
-        vocab_size=32000,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-    ),
-    "125M": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-    ),
-    **ARCHITECTURES,
-}
+from examples.llama.model.sharding import make_mesh, put_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,49 +66,23 @@ class Args:
     """Measure PyTorch as well."""
 
 
-def prompt_length(args: Args) -> int:
-    """Tokens of a row that do not count; at least the first, which none predicts."""
-    return max(1, round(args.length * (1 - args.answer_share)))
-
-
 def ours(args: Args, shape: LlamaConfig, method: str) -> Callable[[np.ndarray], float]:
     """A function of tokens [B, L] that trains a step and returns the loss."""
-    config = Config(
-        model=Path(), data=(), output=Path(), method=method, learning_rate=1e-5, steps=9
-    )
     mesh = make_mesh("fsdp=1")
+    options = {"dtype": args.dtype, "param_dtype": args.param_dtype}
+    graph, params = random_model(shape, mesh, remat=args.remat, **options)
 
-    @jax.jit
-    def create() -> nnx.State:
-        return nnx.state(new())
+    def place(tokens: np.ndarray) -> Batch:
+        return put_batch(batch_of(tokens, args.answer_share), mesh, 1)
 
-    def new() -> Llama:
-        options = {"dtype": args.dtype, "param_dtype": args.param_dtype}
-        return Llama(shape, rngs=nnx.Rngs(0), remat=args.remat, **options)
-
-    graph, _ = nnx.split(nnx.eval_shape(new))
-    params = jax.device_put(create(), replicated(mesh))
-    optimizer = make_optimizer(config)
-    state = init_state(optimizer, params, mesh)
-    step = make_step(graph, optimizer, packed=False)
-    compiled, fixed = None, Fixed(nnx.State({}))
-    rate = np.float32(config.learning_rate)
+    size = (args.batch_size, args.length)
+    batch = place(np.zeros(size, np.int32))
+    step = training_step(graph, params, batch, method, mesh)
+    state = step.state
 
     def run(tokens: np.ndarray) -> float:
-        nonlocal state, compiled
-        positions = np.broadcast_to(
-            np.arange(args.length, dtype=np.int32), tokens.shape
-        )
-        batch = {
-            "tokens": tokens,
-            "loss_mask": positions >= prompt_length(args),
-            "segment_ids": np.ones_like(tokens),
-            "positions": positions,
-        }
-        placed = put_batch(batch, mesh, 1)
-        if compiled is None:
-            compiled = compile_step(step, state, fixed, placed, mesh=mesh)
-        state, metrics = compiled(state, fixed, rate, placed)
+        nonlocal state
+        state, metrics = step.run(state, place(tokens))
         return float(metrics["loss"])
 
     return run
@@ -156,7 +105,7 @@ def torchs(args: Args, shape: LlamaConfig) -> Callable[[np.ndarray], float]:
     def run(tokens: np.ndarray) -> float:
         ids = torch.from_numpy(tokens).long()
         labels = ids.clone()
-        labels[:, : prompt_length(args)] = -100
+        labels[:, : prompt_length(args.length, args.answer_share)] = -100
         with torch.autocast("cpu", getattr(torch, args.dtype), enabled=low):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Shapes = dict[str, tuple[int, ...]]
@@ -83,25 +84,33 @@ def prepare(
 
 
 def take_turns(
-    runs: dict[str, list[Any]], inputs: Iterable[Any], warmup: int
+    runs: dict[str, list[Any]],
+    inputs: Iterable[Any],
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of the steps of each run: ``[step, params, state]``."""
+    """Milliseconds of the steps of each run: ``[step, params, state]``.
+
+    Times are those of ``clock``, in seconds, with the first ``warmup`` left out.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for given in inputs:
         jax.block_until_ready(given)
         for name, run in runs.items():
             step, params, state = run
-            start = time.perf_counter()
+            start = clock()
             run[1:] = jax.block_until_ready(step(params, state, given))
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: values[warmup:] for name, values in times.items()}
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and the median of the ratio to adamw's step of the same turn."""
+    """Medians, and median and quartiles of the ratio to adamw's step of the turn."""
     result: dict[str, Any] = {}
     for name, values in times.items():
         pairs = zip(values, times["adamw"], strict=True)
-        ratio = statistics.median(value / base for value, base in pairs)
+        found = [value / base for value, base in pairs]
+        low, ratio, high = np.quantile(found, (0.25, 0.5, 0.75)).tolist()
         result[name] = {"ms": statistics.median(values), "ratio": ratio}
+        result[name] |= {"quartiles": [low, high]}
     return result

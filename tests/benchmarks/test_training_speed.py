@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import training_speed
-from benchmarks.training_speed import SHAPES, Args, main, table
+from benchmarks.training_speed import main, table
+from benchmarks.training_step import SHAPES, batch_of, prompt_length
 from examples.llama.model.llama import Llama
 from tests.examples.llama.runs import CONFIG
 
 
 def test_measures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(training_speed.SHAPES, "tiny", CONFIG)
+    monkeypatch.setitem(SHAPES, "tiny", CONFIG)
     output = tmp_path / "new" / "speed.json"
     flags = ["--shapes", "tiny", "--length=16", "--repeats=2", "--no-torch"]
     main([f"--output={output}", *flags])
@@ -58,9 +59,10 @@ def test_bad_arguments(tmp_path, capsys, flags, message):
 
 
 @pytest.mark.parametrize(("share", "length"), [(0.5, 8), (1.0, 1), (0.25, 12)])
-def test_prompts(tmp_path, share, length):
-    args = Args(output=tmp_path, length=16, answer_share=share)
-    assert training_speed.prompt_length(args) == length
+def test_prompts(share, length):
+    assert prompt_length(16, share) == length
+    mask = batch_of(np.zeros((2, 16), np.int32), share)["loss_mask"]
+    assert not mask[:, :length].any() and mask[:, length:].all()
 
 
 @pytest.mark.parametrize("name", ["training_speed", "training_speed_intel"])
