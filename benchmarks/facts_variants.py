@@ -45,6 +45,7 @@ class Variant(NamedTuple):
 USUAL = (1e-5, 2.5e-5, 6e-5, 1.5e-4, 4e-4)
 LARGER = (3e-5, 7e-5, 1.8e-4, 4.5e-4, 1.1e-3)
 L2, EWC = (1e-2, 1e-1, 0.3, 1.0, 3.0), (1.0, 10.0, 100.0, 1e3, 1e4)  # strengths
+IN_METRIC, KEEP = (3e-5, 1e-4, 2e-4, 4e-4, 8e-4), (1e-4, 2e-4, 5e-4, 1.2e-3, 2.4e-3)
 LARGEST = (1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3)
 
 
@@ -81,9 +82,11 @@ VARIANTS: dict[str, Variant] = {
     "gradient 3%": Variant("gradient filter 3%", scored("gradient", 0.03), LARGEST),
     "gain": _scored("gain filter 10%", "gain"),
     "gain 3%": Variant("gain filter 3%", scored("gain", 0.03), LARGEST),
-    "metric": Variant("AdamW in the metric", in_metric, USUAL, importance="factored"),
+    "metric": Variant(
+        "AdamW in the metric", in_metric, IN_METRIC, importance="factored"
+    ),
     "keep": Variant(
-        "keep: gain 10% in the metric", keeping, LARGER, importance="factored"
+        "keep: gain 10% in the metric", keeping, KEEP, importance="factored"
     ),
     "mv": _scored("MV filter 10%", "update"),
     "random": _scored("random filter 10%", "random", LARGEST),
@@ -124,7 +127,7 @@ VARIANTS: dict[str, Variant] = {
     "self": Variant("AdamW, self-replay", adamw, USUAL, self_replay=1.0),
     "self mofo": Variant("MoFO, self-replay", filtered(), LARGER, self_replay=1.0),
     "keep self": Variant(
-        "keep, self-replay", keeping, LARGER, self_replay=1.0, importance="factored"
+        "keep, self-replay", keeping, KEEP, self_replay=1.0, importance="factored"
     ),
     **_task("batches of 10", batch_size=10),
     **_task("100 steps", 2.0, steps=100),
