@@ -128,14 +128,14 @@ METHODS = {
     "flow": Method("AdamW, FLOW", ADAMW, WIDE, COUNTS, loss=flow),
     "eaft": Method("AdamW, EAFT", ADAMW, WIDE, COUNTS, loss=eaft),
     "l1": Method("AdamW, L1", FAST, strengths("l1", 3e-4, 1e-3, 3e-3), HELD),
-    "l2": Method("AdamW, L2", FAST, strengths("l2", 3e-2, 1e-1, 3e-1, 1e-2, 1), HELD),
+    "l2": Method("AdamW, L2", FAST, strengths("l2", 1e-2, 3e-2, 1e-1, 3e-1, 1), HELD),
     "l2-mofo": Method(
         "MoFO 10%, L2", FAST_MOFO, strengths("l2", 3e-2, 1e-1, 3e-1), HELD
     ),
     "ewc": Method(
         "AdamW, EWC",
         FAST | {"fisher_data": "self"},
-        strengths("ewc", 0.03, 0.1, 0.3, 1, 0.01),
+        strengths("ewc", 0.01, 0.03, 0.1, 0.3, 1),
         HELD,
     ),
     "ewc-mofo": Method(

@@ -228,8 +228,10 @@ def plot(results: Results, image: Path) -> None:
                 ax.grid()
                 if "adamw" in found:
                     # What learns little, or forgets all, is in the table alone.
-                    low = found["adamw"].min(axis=(0, 1))
-                    high = found["adamw"].max(axis=(0, 1))
+                    frontiers = np.concatenate(curves(results, measure)["adamw"])
+                    low, high = frontiers.min(axis=0), frontiers.max(axis=0)
+                    best = min(points[..., 0].min() for points in found.values())
+                    low[0] = min(low[0], best)
                     margin = 0.1 * (high - low)
                     ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
                     ax.set_ylim(before[measure] - margin[1], high[1] + margin[1])
