@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import facts_report, forgetting_report
+from benchmarks import facts_report, forgetting_report, situations
 from benchmarks.facts_variants import VARIANTS
 from benchmarks.forgetting_methods import METHODS
 from examples import quickstart
@@ -23,6 +23,10 @@ def test_tables_are_of_the_numbers(name):
     results = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text() == REPORTS[name](results)
     assert (RESULTS / f"{name}.png").exists()
+
+
+def test_situations_are_of_the_numbers():
+    assert (RESULTS / "situations.md").read_text() == situations.report(RESULTS)
 
 
 def test_every_method_there_has_three_seeds():
@@ -44,7 +48,7 @@ def test_every_variant_there_is_complete():
 @pytest.mark.parametrize("document", ["README.md", "docs/forgetting.md"])
 def test_rows_are_quoted_as_they_are(document):
     lines = set()
-    for name in REPORTS:
+    for name in (*REPORTS, "situations"):
         lines |= set((RESULTS / f"{name}.md").read_text().splitlines())
     tables = (ROOT / document).read_text().split("\n\n")
     tables = [table.splitlines() for table in tables if table.startswith("|")]

@@ -26,7 +26,7 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     rates = {
         "AdamW": (3e-4, 1e-3),
         "MoFO 10%": (1e-3, 3e-3),
-        "keep 10%": (3e-4, 1e-3),
+        "keep 10%": (2e-3, 6e-3),
     }
     monkeypatch.setattr(quickstart, "LEARNING_RATES", rates)
     config = quickstart.Config(output=tmp_path / "out", steps=60)
@@ -37,7 +37,7 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert all(run["new_facts"] > 0.9 for run in runs)
     for name, (small, large) in rates.items():
         some, more = found[name, small], found[name, large]
-        assert 1 > some["old_facts"] > more["old_facts"]
+        assert 1 >= some["old_facts"] > more["old_facts"]
         assert some["loss"] > more["loss"] and 0 < some["distance"] < more["distance"]
     # At the same learning rate MoFO forgets less than AdamW, and learns less.
     adamw, mofo = found["AdamW", 1e-3], found["MoFO 10%", 1e-3]
