@@ -110,7 +110,7 @@ def report(directory: Path) -> str:
                 row.method: _percent(share(study, row.method, measure))
                 for row in SITUATIONS
             }
-    if SITUATIONS[-1].variant in facts:
+    if any(facts[row.variant].gap for row in SITUATIONS if row.variant in facts):
         columns[f"facts, at {FACTS_LOSS}"] = {
             row.method: _points(facts.get(row.variant)) for row in SITUATIONS
         }

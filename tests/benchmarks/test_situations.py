@@ -48,8 +48,11 @@ def test_table(tmp_path, capsys):
     text = (tmp_path / "situations.md").read_text()
     assert capsys.readouterr().out == text + "\n"
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    head, adamw, mofo = rows  # what has no curve has no row
-    assert len(head) == 2 + 2 * len(situations.PAIRS)
+    head, adamw, mofo, keep = rows  # what has no curve has no row
+    assert len(head) == 2 + 2 * len(situations.PAIRS) + 1
+    assert head[-1] == "facts, at 0.01 |" and adamw[-1] == mofo[-1] == " |"
+    assert keep[1] == "`--method keep`" and set(keep[2:-1]) == {""}
+    assert keep[-1] == "+12.0 (+12.0 to +12.0) |"
     assert "at 2.35" in head[2] and "KL" in head[3]
     assert set(adamw[2:-1]) == {"100%"}
     assert mofo[1] == "`--method mofo`"
@@ -57,16 +60,9 @@ def test_table(tmp_path, capsys):
     assert mofo[2].startswith(f"{share.mean():.0%} (")
 
 
-def test_facts_have_a_column_once_all_are_there(tmp_path):
-    write_studies(tmp_path, variants=[row.variant for row in situations.SITUATIONS])
-    head, adamw, mofo, gain, *_ = [
-        line.strip("| ").split(" | ")
-        for line in situations.report(tmp_path).splitlines()
-        if line.startswith("| ")
-    ]
-    assert head[-1] == "facts, at 0.01"
-    assert adamw[-1] == "100%"  # no gap to itself
-    assert mofo[-1] == gain[-1] == "+12.0 (+12.0 to +12.0)"
+def test_without_variants_facts_have_no_column(tmp_path):
+    write_studies(tmp_path, variants=["adamw, usual"])
+    assert "facts, at" not in situations.report(tmp_path)
 
 
 def test_a_missing_study(tmp_path, capsys):
