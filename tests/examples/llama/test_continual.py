@@ -260,7 +260,7 @@ def test_flags_of_the_tasks_own(world, tmp_path):
     ("flags", "message"),
     [
         (["--alpha=0"], "alpha must be above 0 and up to 1, got 0.0"),
-        (["--method=sgd"], "method must be one of adamw, "),
+        (["--method=adagrad"], "method must be one of adamw, "),
         (["--max-length=65"], "max_length must be up to the model's 64, got 65"),
         (["--distributed"], "distributed is not for continual"),
         (["--tokenizer=tok.bin"], "tok.bin: 261 tokens, expected the model's vocab_si"),

@@ -261,8 +261,8 @@ def test_without_anything_to_compare_with(files, run):
 
 BAD = [
     (
-        {"method": "sgd"},
-        "method must be one of adamw, mofo, lion, mofo-lion, gain, gradient,",
+        {"method": "adagrad"},
+        "method must be one of adamw, sgd, mofo, lion, mofo-lion, gain, gradient,",
     ),
     ({"batch_size": 6, "mesh": "fsdp=4"}, "must be a multiple of 4, over which the"),
     ({"max_length": 65}, "max_length must be up to the model's 64, got 65"),

@@ -135,9 +135,9 @@ def test_help(capsys):
 
 BAD = [
     (
-        {"method": "sgd"},
-        "method must be one of adamw, mofo, lion, mofo-lion, gain, gradient, mv, "
-        "random, hft, keep; got 'sgd'",
+        {"method": "adagrad"},
+        "method must be one of adamw, sgd, mofo, lion, mofo-lion, gain, gradient, mv, "
+        "random, hft, keep; got 'adagrad'",
     ),
     ({"regularize": ("l3:1",)}, "KIND:X, each kind once, among l1, l2, l1-decoupled"),
     ({"regularize": ("l2:1", "l2:2")}, "each kind once"),
