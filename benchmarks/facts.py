@@ -7,7 +7,7 @@ with other alphas, blocks and scores, in the pretrained model's metric, with mas
 persist, schedules of alpha, noisier batches, more steps, larger tasks and models, each
 along its learning rates and with several seeds, which also make the facts. Writes every
 number as JSON after every run, and beside it a table and a plot at matched losses.
-Started again, it goes on.
+Started again, it resumes.
 """
 
 import dataclasses

@@ -149,13 +149,8 @@ def in_metric(context: Context) -> optax.GradientTransformation:
 
 def keeping(context: Context) -> optax.GradientTransformation:
     """Of those, the entries move that bring the loss down most."""
-    return mofo(
-        context.rate,
-        0.1,
-        score="gain",
-        precondition=scale_by_fisher(context.importance),
-        filter_mask=all_but_norms_and_biases,
-    )
+    metric = scale_by_fisher(context.importance)
+    return filtered(score="gain", precondition=metric)(context)
 
 
 def penalized(

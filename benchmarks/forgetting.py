@@ -64,7 +64,7 @@ def measure(args: Args) -> dict[str, Any]:
     Returns:
       "settings"; "pretrained", the measures before; "runs", a list with the method,
       the changes of its point, the seed, the measures "after", the "seconds" of
-      training and of "preparing" and the "bytes" of a step as of `train`, and the
+      training and of "preparing" and the "bytes" of a step (see `train`), and the
       device and versions; and how many runs are "wanted". A run that diverged has
       "diverged", which is true, and no measures.
 

@@ -42,7 +42,7 @@ def eaft(config: Config) -> Loss:
 
     def loss(model: Llama, batch: Batch, *, packed: bool, pretrained: Any) -> Any:
         del pretrained
-        logits, targets, mask = _predictions(model, batch, packed)
+        logits, targets, mask = predictions(model, batch, packed)
         likeliest, _ = jax.lax.top_k(logits, CANDIDATES)
         logs = jax.nn.log_softmax(likeliest)
         entropy = -jnp.sum(jnp.exp(logs) * logs, axis=-1)
@@ -71,7 +71,7 @@ def flow(config: Config) -> Loss:
     )
 
     def loss(model: Llama, batch: Batch, *, packed: bool, pretrained: Any) -> Any:
-        logits, targets, mask = _predictions(model, batch, packed)
+        logits, targets, mask = predictions(model, batch, packed)
         own = jax.lax.stop_gradient(_row_losses(pretrained, batch, packed))
         weights = jnp.exp(-own / median)[:, None]
         return _total(weights * _losses(logits, targets), mask)
@@ -104,12 +104,12 @@ def _median_loss(
 
 def _row_losses(model: Llama, batch: Batch, packed: bool) -> jax.Array:
     """Of each row [B], the mean loss of its counted tokens."""
-    logits, targets, mask = _predictions(model, batch, packed)
+    logits, targets, mask = predictions(model, batch, packed)
     sums = jnp.sum(_losses(logits, targets), axis=1, where=mask)
     return sums / jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
 
 
-def _predictions(
+def predictions(
     model: Llama, batch: Batch, packed: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits [B, L, V], the tokens that come next [B, L], and which count."""

@@ -1,7 +1,6 @@
 """Optimizers of the frontier that the trainer does not have."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,11 +10,12 @@ import optax
 from examples.llama.training.config import Config
 from examples.llama.training.optimizers import (
     MakeOptimizer,
+    in_metric,
     make_optimizer,
     scale_by_given_learning_rate,
 )
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum, scale_by_mofo
-from mofo_jax.continual import FactoredFisher, scale_by_fisher
+from mofo_jax.continual import FactoredFisher
 
 
 def partially_adaptive(config: Config) -> optax.GradientTransformation:
@@ -46,13 +46,7 @@ def _padam() -> optax.GradientTransformation:
 
 def at_unit_scale() -> optax.GradientTransformationExtraArgs:
     """Updates over the running root of their mean square, of all leaves together."""
-    scale = scale_by_fisher()
-
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
-        ones = optax.tree.ones_like(updates)
-        return scale.update(updates, state, params, fisher=ones)
-
-    return optax.GradientTransformationExtraArgs(scale.init, update)
+    return in_metric(lambda updates, _: optax.tree.ones_like(updates))
 
 
 def finch(config: Config) -> optax.GradientTransformation:
@@ -89,11 +83,17 @@ def keep_with(
       options: Of `scale_by_fisher`.
     """
 
+    def changed(updates: Any, extra: Mapping[str, Any]) -> Any:
+        found = extra[fisher]
+        if change is None:
+            return found
+        return jax.tree.map(change, found, is_leaf=_is_factored)
+
     def make(config: Config) -> optax.GradientTransformation:
         keep = scale_by_mofo(
             config.alpha,
             score="gain",
-            precondition=_metric(change, fisher, options),
+            precondition=in_metric(changed, **options),
             filter_mask=all_but_norms_and_biases,
         )
         return optax.chain(keep, scale_by_given_learning_rate())
@@ -104,27 +104,11 @@ def keep_with(
 def keep_partially_adaptive(config: Config) -> optax.GradientTransformation:
     """The method keep with Padam's direction instead of Adam's."""
     # The gain is that of what is added to the parameters.
-    descent = optax.chain(_padam(), _metric(), optax.scale(-1.0))
+    descent = optax.chain(_padam(), in_metric(), optax.scale(-1.0))
     keep = filter_by_momentum(
         descent, config.alpha, score="gain", filter_mask=all_but_norms_and_biases
     )
     return optax.chain(keep, optax.scale(-1.0), scale_by_given_learning_rate())
-
-
-def _metric(
-    change: Callable[[Any], Any] | None = None,
-    fisher: str = "importance",
-    options: Mapping[str, Any] = MappingProxyType({}),
-) -> optax.GradientTransformationExtraArgs:
-    scale = scale_by_fisher(**options)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        found = extra[fisher]
-        if change is not None:
-            found = jax.tree.map(change, found, is_leaf=_is_factored)
-        return scale.update(updates, state, params, fisher=found)
-
-    return optax.GradientTransformationExtraArgs(scale.init, update)
 
 
 def _is_factored(leaf: Any) -> bool:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks.forgetting_losses import predictions
 from benchmarks.forgetting_optimizers import at_unit_scale
 from examples.llama.checkpoints.loading import load_model
-from examples.llama.model.loss import predict
-from examples.llama.model.products import float32_einsum
 from examples.llama.text.rows import ordered_batches
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.config import Config
@@ -82,8 +81,8 @@ def fisher_product(
     def logits(params: Any) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, params)
         # As packed rows, whose attention has forward derivatives too.
-        hidden, _, mask = predict(model, batch, packed=True)
-        return float32_einsum("bld,dv->blv", hidden, model.head()), mask
+        found, _, mask = predictions(model, batch, packed=True)
+        return found, mask
 
     found, tangent, mask = jax.jvp(logits, (params,), (vector,), has_aux=True)
     p = jax.nn.softmax(found)

@@ -178,7 +178,7 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
 
 def _costs(results: Results, name: str) -> list[str]:
     """What a method takes beside AdamW, for the table."""
-    # NaN is where nothing was measured, and goes on through what is computed from it.
+    # NaN stands for what was not measured, and whatever is computed from it is NaN too.
     own, adamw = (
         {what: _least(results, x, what) for what in ("seconds", "preparing", "bytes")}
         for x in (name, "adamw")

@@ -1,10 +1,9 @@
 """Functions of Python's standard library as records: what they do, and how.
 
 A question is a function's signature and its docstring's first paragraph, the answer is
-its body. The records
-are made from the modules of the Python that runs this, so they depend on its version,
-and are under its licence, that of the Python Software Foundation. They stay on the
-machine: nothing of them is part of this project.
+its body. The records are made from the modules of the Python that runs this, so they
+depend on its version, and are under its licence, that of the Python Software
+Foundation. They stay on the machine: nothing of them is part of this project.
 """
 
 import ast

@@ -3,7 +3,7 @@
 python -m benchmarks.situations --results docs/results
 
 Reads what benchmarks.forgetting and benchmarks.facts wrote, and writes situations.md
-beside them. A row or a column appears as soon as its study has complete curves.
+beside them. Rows and columns without complete curves are left out.
 """
 
 import dataclasses
@@ -70,8 +70,7 @@ def share(results: dict[str, Any], method: str, measure: str) -> np.ndarray | No
     Args:
       results: What benchmarks.forgetting wrote.
       method: A name there.
-      measure: "retain_loss", of which what is above the pretrained model's counts as
-        forgotten, or "kl".
+      measure: "kl", or "retain_loss", from which the pretrained model's is subtracted.
 
     Returns:
       [seeds]; None where the method or AdamW does not reach the loss with every seed.

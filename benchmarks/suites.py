@@ -136,7 +136,7 @@ class Inputs:
         return found | suite.settings | suite.made_of
 
     def with_made_data(self, directory: Path) -> Self:
-        """The same with what the suite makes instead of having it, made there."""
+        """The same, with the data that the suite makes written to that directory."""
         check_name("suite", self.suite, SUITES)
         if (make := SUITES[self.suite].make) is None:
             return self

@@ -79,7 +79,7 @@ def random_model(
 
 
 def batch_of(tokens: np.ndarray, answer_share: float) -> dict[str, np.ndarray]:
-    """Rows [B, L] without padding, of which that share at the end is an answer."""
+    """Rows [B, L] without padding. The last `answer_share` of each is its answer."""
     length = tokens.shape[1]
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     return {

@@ -1,13 +1,12 @@
 """Adam under the filter, whose updates can be computed from its moments alone."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mofo_jax._checks import Alpha, check_number, is_rankable
+from mofo_jax._checks import Alpha, check_number, check_transformation, is_rankable
 from mofo_jax._filter import momentum_filter
 from mofo_jax._leaves import BlockAxesTree, FilterMask
 from mofo_jax._scoring import Score
@@ -41,7 +40,8 @@ class Adam(NamedTuple):
     def direction(self, state: optax.ScaleByAdamState, zero: jax.Array) -> Any:
         """The updates of the step that left this state, without Nesterov momentum.
 
-        The first moment is as it is stored, which may be of a lower precision.
+        The first moment is as it is stored, which may be of a lower precision. ``zero``
+        is added to the count, see :func:`mofo_jax._filter.momentum_filter`.
         """
         mu = jax.tree.map(
             lambda m, v: m.astype(jnp.promote_types(m.dtype, v.dtype)),
@@ -59,25 +59,25 @@ class Adam(NamedTuple):
 
 def filtered_adam(
     adam: Adam,
-    after: Sequence[optax.GradientTransformation],
+    precondition: optax.GradientTransformation | None,
     alpha: Alpha,
     *,
     score: Score,
     filter_mask: FilterMask,
     block_axes: BlockAxesTree,
+    decay: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The filter around Adam and what comes after it, before the sign is turned.
+    """The filter around Adam, a precondition and a decay, before the sign is turned.
 
     Raises:
       TypeError, ValueError: As :func:`mofo_jax.mofo`.
     """
-    for transformation in after:
-        if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
-            raise TypeError(
-                "precondition must be a gradient transformation or None, got "
-                f"{transformation!r}"
-            )
-    after = [optax.with_extra_args_support(x) for x in after]
+    if precondition is not None:
+        allowed = "a gradient transformation or None"
+        check_transformation("precondition", precondition, allowed)
+    after = [
+        optax.with_extra_args_support(x) for x in (precondition, decay) if x is not None
+    ]
     inner = adam.transformation()
 
     def again(

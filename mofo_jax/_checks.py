@@ -63,6 +63,14 @@ def is_rankable(dtype: jax.typing.DTypeLike) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and jnp.dtype(dtype).itemsize >= 2
 
 
+def check_transformation(
+    name: str, value: Any, allowed: str = "a gradient transformation"
+) -> None:
+    """Raises TypeError unless value has what an Optax transformation has."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+
 def check_method(method: Any) -> None:
     """Raises unless the method is one of :func:`top_fraction_mask`'s."""
     if method not in ("search", "top_k"):

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mofo_jax._checks import Alpha, Method, alpha_at, check_alpha, check_method
+from mofo_jax._checks import (
+    Alpha,
+    Method,
+    alpha_at,
+    check_alpha,
+    check_method,
+    check_transformation,
+)
 from mofo_jax._leaves import (
     BlockAxesTree,
     FilterMask,
@@ -161,12 +168,12 @@ def momentum_filter(
     through a negative learning rate afterwards has to start from 0.0 for that.
 
     With ``again`` the updates need not be stored while gains are ranked. It computes
-    them once more from inner's new state. Its arguments are that, inner's old state,
-    the parameters and the extra arguments, its results those of an update.
+    the updates once more, from inner's new state. It takes inner's new and old state,
+    the parameters, the extra arguments, and an int32 0 that depends on the search and
+    that what it computes has to depend on.
     """
     unselected = 0.0 if subtracted else -0.0
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"inner must be a gradient transformation, got {inner!r}")
+    check_transformation("inner", inner)
     if not callable(alpha):
         check_alpha(alpha)
     check_score(score, seed)
@@ -222,14 +229,14 @@ def momentum_filter(
         )
         if score == "gain":
             masks = [m & (gain != 0) for m, gain in zip(masks, scores, strict=True)]
-        if score == "gain" and again is not None:
-            # No threshold is below -1, so this is 0. As XLA does not know that, it
-            # neither keeps the updates from above nor computes these before the search.
-            zero = jnp.any(threshold < -1).astype(jnp.int32)
-            with jax.numpy_dtype_promotion("standard"):
-                updates = again(inner_state, state.inner_state, params, extra, zero)
-            if params is not None:
-                updates = cast_like(updates, params)
+            if again is not None:
+                # No threshold is below -1, so this is 0. As XLA does not know that, it
+                # neither keeps the updates from above nor computes these too early.
+                zero = jnp.any(threshold < -1).astype(jnp.int32)
+                with jax.numpy_dtype_promotion("standard"):
+                    updates = again(inner_state, state.inner_state, params, extra, zero)
+                if params is not None:
+                    updates = cast_like(updates, params)
         leaves, treedef = jax.tree.flatten(updates)
         rest = iter(masks)
         kept = [

@@ -67,7 +67,7 @@ def scale_by_mofo(
     """
     return filtered_adam(
         Adam(b1, b2, eps, eps_root, mu_dtype, nesterov),
-        [] if precondition is None else [precondition],
+        precondition,
         alpha,
         score=score,
         filter_mask=filter_mask,
@@ -179,22 +179,23 @@ def mofo(
     decay = (
         optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
     )
-    before = [] if precondition is None else [precondition]
+    inside, outside = None, decay
     if decay_selected_only:
-        before, decay = [*before, decay], optax.identity()
+        inside, outside = decay, optax.identity()
     filtered = filtered_adam(
         Adam(b1, b2, eps, eps_root, mu_dtype, nesterov),
-        before,
+        precondition,
         alpha,
         score=score,
         filter_mask=filter_mask,
         block_axes=block_axes,
+        decay=inside,
     )
     if learning_rate is None and not decays:
         return filtered
     return optax.chain(
         filtered,
-        decay,
+        outside,
         optax.scale_by_learning_rate(learning_rate),
         _in_the_parameters_dtypes(),
     )

@@ -46,7 +46,7 @@ def train(
     """Runs what `config` describes, with a bar and printed evaluations if `progress`.
 
     Args:
-      config: The settings. A run that goes on needs the same other arguments, too.
+      config: The settings. To resume a run, pass the same other arguments too.
       progress: Whether to show and say anything.
       optimizer: Makes the optimizer of the settings, instead of that of their method.
         The learning rate is an extra argument of its updates, `learning_rate`, to be

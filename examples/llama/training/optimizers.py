@@ -1,6 +1,6 @@
 """The optimizers and schedules that a run can choose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def _direction(config: Config) -> optax.GradientTransformation:
         "eps": 1e-8,
         "mu_dtype": mu_dtype,
     }
-    metric = [] if config.importance_source is None else [_metric()]
+    metric = [] if config.importance_source is None else [in_metric()]
     common: dict[str, Any] = {"filter_mask": all_but_norms_and_biases}
     if config.method in SCORES:
         common |= {"score": SCORES[config.method]}
@@ -122,19 +122,22 @@ def _direction(config: Config) -> optax.GradientTransformation:
     return filter_by_momentum(inner, config.alpha, **common)
 
 
-def _metric() -> optax.GradientTransformationExtraArgs:
-    """Divides by the extra argument `importance`; `fisher` is what EWC weighs by."""
-    scale = scale_by_fisher()
+def _importance(updates: Any, extra: Mapping[str, Any]) -> Any:
+    """Not the extra argument `fisher`, which is what EWC weighs by."""
+    return extra.get("importance")
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        importance: Any = None,
-        **_: Any,
-    ) -> Any:
-        return scale.update(updates, state, params, fisher=importance)
+
+def in_metric(
+    fisher: Callable[[Any, Mapping[str, Any]], Any] = _importance, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_fisher` with its options, by the extra argument `importance`.
+
+    Or by what `fisher` makes of the updates and all extra arguments.
+    """
+    scale = scale_by_fisher(**options)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return scale.update(updates, state, params, fisher=fisher(updates, extra))
 
     return optax.GradientTransformationExtraArgs(scale.init, update)
 
