@@ -145,7 +145,9 @@ def measure_fisher(args: Args) -> dict[str, Any]:
         rows = text_rows(texts, args.length, tokenizer.pad_id)
         with gradients:
             jax.block_until_ready(
-                estimate_fisher(graph, params, rows, args.texts, mesh, factored=True)
+                estimate_fisher(
+                    graph, params, rows, args.texts, mesh, seed=0, factored=True
+                )
             )
         step = steps.seconds / len(batches)
         rounds.append((step, drawing.seconds, gradients.seconds))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from examples.llama.model.llama import Llama
 from examples.llama.model.products import float32_einsum
-from mofo_jax.continual import forward_kl
+from mofo_jax.continual import fisher_probe, forward_kl
 
 Batch = dict[str, jax.Array]  # see text.rows.training_batches; without "row"
 
@@ -187,6 +187,32 @@ def kl_sum(
     weights = weights.astype(jnp.float32)
     chunks = _chunks(chunk_bytes, head.shape[1], hidden, reference_hidden, weights)
     return jax.lax.scan(jax.checkpoint(add), jnp.float32(0), chunks)[0]
+
+
+def probe_sum(
+    hidden: jax.Array,
+    head: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> jax.Array:
+    """The sum of `fisher_probe` over the positions where `mask` is True.
+
+    Its squared gradient estimates the Fisher information. Arguments are those of
+    `cross_entropy_sum`, and a key from `jax.random.key`.
+    """
+    kernel = head.astype(hidden.dtype)
+    chunks = _chunks(chunk_bytes, head.shape[1], hidden, mask)
+    keys = jax.random.split(key, len(chunks[0]))
+
+    def add(
+        total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        x, mask, key = chunk
+        return total + fisher_probe(_logits(x, kernel), key, mask), None
+
+    return jax.lax.scan(jax.checkpoint(add), jnp.float32(0), (*chunks, keys))[0]
 
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -13,12 +13,14 @@ from tqdm import tqdm
 from examples import terminal
 from examples.llama.checkpoints.fisher_files import named_fisher
 from examples.llama.model.llama import Llama
-from examples.llama.model.loss import next_token_loss
+from examples.llama.model.loss import predict, probe_sum
 from examples.llama.model.sharding import fisher_sharding, replicated
 from examples.llama.text.rows import Batch, Dataset, ordered_batches
 from examples.llama.text.tokenizer import Tokenizer
 from examples.llama.training.own_texts import drawing, text_rows
 from mofo_jax.continual import FactoredFisher, fisher_diagonal, self_fisher
+
+_SIGNS = 1 << 16  # apart from the keys with which the texts of a seed are drawn
 
 
 def estimate_fisher(
@@ -28,11 +30,17 @@ def estimate_fisher(
     count: int,
     mesh: Mesh,
     *,
+    seed: int,
     factored: bool = False,
     progress: bool = False,
 ) -> Any:
-    """The Fisher information of the first `count` rows, each by itself."""
-    gradient = _row_gradient(graph, mesh)
+    """The Fisher information of the first `count` rows, each by itself.
+
+    It is that of the model's predictions where tokens count: of all next tokens that
+    are possible, not only of those in the rows. The seed is that of the random signs of
+    `fisher_probe`.
+    """
+    gradient = _row_gradient(graph, mesh, seed)
     rows = itertools.islice(ordered_batches(dataset, 1), count)
     with _bar(min(count, len(dataset)), progress) as bar:
 
@@ -64,7 +72,7 @@ def estimate_self_fisher(
       ValueError: The tokenizer has no bos token.
     """
     graph, params = nnx.split(model)
-    gradient = _row_gradient(graph, mesh)
+    gradient = _row_gradient(graph, mesh, seed)
     options = drawing(model, tokenizer, length, seed)
     draw = options.pop("sample")
 
@@ -101,22 +109,30 @@ def _bar(total: int, progress: bool) -> Any:
 
 
 def _row_gradient(
-    graph: nnx.GraphDef, mesh: Mesh
+    graph: nnx.GraphDef, mesh: Mesh, seed: int
 ) -> Callable[[nnx.State, Batch], nnx.State]:
-    """The gradient of a row's negative log-likelihood, the row being a batch of one."""
+    """What `fisher_diagonal` squares, of one row after another, each a batch of one."""
 
     @jax.jit
-    def gradient(params: nnx.State, row: dict[str, jax.Array]) -> nnx.State:
-        def loss(params: nnx.State) -> jax.Array:
-            return next_token_loss(nnx.merge(graph, params), row, packed=False)[0]
+    def gradient(
+        params: nnx.State, row: dict[str, jax.Array], key: jax.Array
+    ) -> nnx.State:
+        def probe(params: nnx.State) -> jax.Array:
+            model = nnx.merge(graph, params)
+            hidden, _, mask = predict(model, row, packed=False)
+            return probe_sum(hidden, model.head(), mask, key)
 
-        return jax.grad(loss)(params)
+        return jax.grad(probe)(params)
+
+    rows = itertools.count()
+    first = jax.random.fold_in(jax.random.key(seed), _SIGNS)
 
     def on_mesh(params: nnx.State, row: Batch) -> nnx.State:
         # A row goes to all devices, of which each has its part of the parameters.
-        placed = jax.device_put(row, replicated(mesh))
+        key = jax.random.fold_in(first, next(rows))
+        placed = jax.device_put((row, key), replicated(mesh))
         with jax.numpy_dtype_promotion("standard"):  # as in compile_step
-            return gradient(params, placed)
+            return gradient(params, *placed)
 
     return on_mesh
 

@@ -103,7 +103,14 @@ def make_importance(
         assert written is not None, "own_texts counts what this needs"
         count = config.importance_texts
         made = estimate_fisher(
-            graph, pretrained, written, count, mesh, factored=True, progress=progress
+            graph,
+            pretrained,
+            written,
+            count,
+            mesh,
+            seed=config.seed,
+            factored=True,
+            progress=progress,
         )
         name = config.model.resolve().name
         found = made, Origin(name, count, config.max_length, config.seed)

@@ -156,6 +156,7 @@ def set_up(
                 datasets.fisher,
                 config.fisher_records,
                 mesh,
+                seed=config.seed,
                 progress=progress,
             )
             jax.block_until_ready(fisher)

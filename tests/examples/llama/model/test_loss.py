@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples.llama.model.loss import cross_entropy_sum, kl_sum
+from examples.llama.model.loss import cross_entropy_sum, kl_sum, probe_sum
 
 B, T, D, V = 3, 11, 8, 37
 
@@ -116,3 +116,23 @@ def test_no_buffer_holds_all_logits():
 
     assert temporary(plain) > 16 << 20
     assert temporary(chunked) < 6 << 20
+
+
+@pytest.mark.parametrize("positions", [1, 4, 11])
+def test_squared_gradient_of_the_probe_is_the_fisher_information(positions):
+    """That of the head is the sum of h^2 p (1 - p) over the positions that count."""
+    hidden, head, _, mask = inputs()
+
+    @jax.jit
+    @jax.vmap
+    def squares(key):
+        probe = lambda head: probe_sum(
+            hidden, head, mask, key, chunk_bytes=4 * B * V * positions
+        )
+        return jnp.square(jax.grad(probe)(head))
+
+    found = jnp.mean(squares(jax.random.split(jax.random.key(0), 4000)), axis=0)
+    p = jnp.where(mask[..., None], jax.nn.softmax(hidden @ head), 0.0)
+    expected = jnp.einsum("btd,btv->dv", hidden**2, p - p**2)
+    error = jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
+    assert float(error) < 0.05
