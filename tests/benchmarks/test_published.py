@@ -8,6 +8,7 @@ import pytest
 from benchmarks import facts_report, forgetting_report, situations
 from benchmarks.facts_variants import VARIANTS
 from benchmarks.forgetting_methods import METHODS
+from benchmarks.quoted_tables import QUOTED, renew
 from examples import quickstart
 
 ROOT = Path(__file__).parents[2]
@@ -46,16 +47,20 @@ def test_every_variant_there_is_complete():
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/forgetting.md"])
-def test_rows_are_quoted_as_they_are(document):
-    lines = set()
-    for name in (*REPORTS, "situations"):
-        lines |= set((RESULTS / f"{name}.md").read_text().splitlines())
-    tables = (ROOT / document).read_text().split("\n\n")
-    tables = [table.splitlines() for table in tables if table.startswith("|")]
-    quoted = [table for table in tables if table[0] in lines]
-    assert quoted
-    for table in quoted:
-        assert len(table) > 3 and set(table) <= lines
+def test_tables_are_quoted_as_they_are(document):
+    text = (ROOT / document).read_text()
+    assert len(QUOTED.findall(text)) >= 1
+    assert renew(text, ROOT) == text
+
+
+def test_a_quoted_table_is_renewed(tmp_path):
+    (tmp_path / "new.md").write_text("# A\n\n| x |\n|---|\n| 2 |\n\n| y |\n")
+    comment = "<!-- First table of new.md -->\n\n"
+    found = renew(f"| x |\n\n{comment}| x |\n|---|\n| 1 |\n\nText.\n", tmp_path)
+    assert found == f"| x |\n\n{comment}| x |\n|---|\n| 2 |\n\nText.\n"
+    (tmp_path / "new.md").write_text("Text.\n")
+    with pytest.raises(ValueError, match="no table"):
+        renew(comment, tmp_path)
 
 
 def quickstart_runs():
