@@ -185,7 +185,8 @@ def _part(title: str, optimizer: MakeOptimizer | None = None, **common: Any) -> 
 DENSE = {"regularize": ("ewc:1",), "fisher_data": "self", "fisher_records": 32}
 METHODS |= {
     "damping-0.1": _part("damping 0.1", keep_with(damping=0.1)),
-    "damping-0.01": _part("damping 0.01", keep_with(damping=0.01)),
+    "damping-0.03": _part("damping 0.03", keep_with(damping=0.03)),
+    "damping-0.003": _part("damping 0.003", keep_with(damping=0.003)),
     "damping-0.001": _part("damping 0.001", keep_with(damping=0.001)),
     "root": _part("square root of F, damping 0.05", keep_with(root, damping=0.05)),
     "by-leaf": _part("F relative to each leaf's mean", keep_with(by_leaf)),

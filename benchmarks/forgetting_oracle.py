@@ -24,7 +24,7 @@ from examples.llama.training.own_texts import text_rows, write_texts
 
 TEXTS, LENGTH = 8, 128  # that the pretrained model writes
 ITERATIONS = 10  # of conjugate gradients, in each step
-DAMPING = 0.003  # relative to the mean of the diagonal, as that of `scale_by_fisher`
+DAMPING = 0.01  # relative to the mean of the diagonal, as that of `scale_by_fisher`
 PROBES = 8  # random vectors that the mean of the diagonal is estimated with
 
 

@@ -35,7 +35,7 @@ class ScaleByFisherState(NamedTuple):
 def scale_by_fisher(
     fisher: Any = None,
     *,
-    damping: jax.typing.ArrayLike = 0.003,
+    damping: jax.typing.ArrayLike = 0.01,
     decay: jax.typing.ArrayLike = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides updates by the Fisher information, so that known things move less.

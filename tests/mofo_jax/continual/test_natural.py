@@ -36,7 +36,7 @@ def apply_twice(transformation, updates=UPDATES, **extra):
     return first, update(updates, state, **extra)[0]
 
 
-def expected_of(updates, fisher, damping=0.003):
+def expected_of(updates, fisher, damping=0.01):
     """What `apply` gives, in NumPy."""
     fisher, updates = (
         {k: np.asarray(x) for k, x in t.items()} for t in (fisher, updates)

@@ -145,7 +145,7 @@ def test_step_sizes_by_hand():
     leaves = [factors, jnp.ones(4)]
     fisher = jax.tree.unflatten(jax.tree.structure(params), leaves)
     steps = step_sizes(Importance(fisher, "self", Origin("m", 1, 2, 3)), params)
-    first, second = 1 / 1.503, 1 / 0.503  # with a damping of 0.003
+    first, second = 1 / 1.51, 1 / 0.51  # with a damping of 0.01
     mean = (first + second) / 2
     assert steps["a.kernel"]["step"] == pytest.approx(first / mean, rel=1e-5)
     assert steps["b"] == {"step": pytest.approx(second / mean, rel=1e-5), "size": 4}
