@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.llama.text.records import Message, Record
-from examples.llama.text.templates import split, tokenize
+from examples.llama.text.templates import prompts, split, tokenize
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
 from tests.examples.llama.checkpoints.llama2c_files import BASE, write_tokenizer
 from tests.examples.llama.text.tokenizer_files import (
@@ -85,6 +85,14 @@ def test_chat(write, template, tmp_path):
             ("assistant", "{} 🙂"),
         ]
     ]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    for count in (1, 3):
+        # With answers that begin as templates have it, else a token would reach from
+        # the template into the answer, which is never so where a model writes it.
+        plain = [x | {"content": x["content"].strip()} for x in chat[:count]]
+        record = Record(tuple(Message(**x) for x in plain), "here:1")
+        (ids,) = prompts([record], ours, "tokenizer")
+        assert ids.tolist() == theirs.apply_chat_template(plain, **options)
     for messages, prompt in ((chat[:1], True), (chat[:3], True), (chat, False)):
         text = ours.apply_chat_template(messages, add_generation_prompt=prompt)
         options = {"add_generation_prompt": prompt, "return_dict": False}

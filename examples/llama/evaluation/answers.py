@@ -1,17 +1,26 @@
-"""A model's answers to records, many at a time."""
+"""A model's answers: to many records at a time, or to one as it is written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
-from examples.llama.model.generation import generate, left_padded
+from examples.llama.model.generation import (
+    check_room,
+    decode,
+    generate,
+    left_padded,
+    padded_width,
+    prefill,
+)
 from examples.llama.model.llama import Llama
 from examples.llama.text.records import Record
-from examples.llama.text.templates import split, tokenize
+from examples.llama.text.templates import prompts
 from examples.llama.text.tokenizer import Tokenizer
 
-AT_ONCE = 16  # questions answered side by side
+AT_ONCE = 16  # prompts continued side by side
 STEP = 32  # widths are multiples of it, so that few are compiled
+SHOWN_AT_ONCE = 4  # tokens that `write` waits for
 
 
 def answer(
@@ -23,7 +32,7 @@ def answer(
     max_length: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """The likeliest answer to each record's question.
+    """The likeliest answer to each record's last question.
 
     Args:
       model: The model.
@@ -37,21 +46,41 @@ def answer(
       ValueError: A record is plain text, or has no question before its answer; or the
         lengths together exceed the model's positions.
     """
-    for record in records:
-        if isinstance(record.content, str) or len(record.content) < 2:
-            raise ValueError(f"{record.source}: expected a question and its answer")
-    pieces = [split(record, tokenizer, template) for record in records]
-    prompts = []
-    for example in tokenize(pieces, tokenizer):
-        begin = int(np.argmax(example.loss_mask))
-        prompts.append(example.tokens[:begin][-max_length:])
+    questions = []
+    for content, source in records:
+        if isinstance(content, str) or len(content) < 2:
+            raise ValueError(f"{source}: expected a question and its answer")
+        questions.append(Record(content[:-1], source))
+    asked = [x[-max_length:] for x in prompts(questions, tokenizer, template)]
+    return complete(model, tokenizer, asked, max_new_tokens=max_new_tokens)
+
+
+def complete(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+) -> list[str]:
+    """The likeliest text after each prompt, up to an end token.
+
+    Args:
+      model: The model.
+      tokenizer: Its tokenizer.
+      prompts: int32 [T] each, see `text.templates.prompts`.
+      max_new_tokens: The most tokens of a text.
+
+    Raises:
+      ValueError: The lengths together exceed the model's positions.
+    """
     texts = [""] * len(prompts)
+    rows = min(AT_ONCE, len(prompts))
     # Of like length together, for the least padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), AT_ONCE):
         chosen = order[first : first + AT_ONCE]
         width = -(-len(prompts[chosen[-1]]) // STEP) * STEP
-        tokens, mask = left_padded([prompts[i] for i in chosen], AT_ONCE, width)
+        tokens, mask = left_padded([prompts[i] for i in chosen], rows, width)
         new = generate(
             model,
             tokens,
@@ -62,3 +91,57 @@ def answer(
         for i, ids in zip(chosen, np.asarray(new).tolist(), strict=False):
             texts[i] = tokenizer.decode(tokenizer.before_end(ids))
     return texts
+
+
+def write(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+) -> Iterator[str]:
+    """The text after a prompt, up to an end token, in parts as the model writes it.
+
+    Args:
+      model: The model.
+      tokenizer: Its tokenizer.
+      prompt: int32 [T], see `text.templates.prompts`.
+      max_new_tokens: See `generate`.
+      temperature: See `generate`.
+      key: See `generate`.
+
+    Yields:
+      Parts of whole characters, none of them empty.
+
+    Raises:
+      ValueError: An argument is outside the limits of `generate`.
+    """
+    check_room(model, len(prompt), max_new_tokens)
+    width = padded_width(len(prompt), model.config.max_position_embeddings)
+    tokens, mask = left_padded([prompt], 1, width)
+    steps = -(-max_new_tokens // SHOWN_AT_ONCE)
+    decoding = prefill(model, tokens, mask=mask, max_new_tokens=steps * SHOWN_AT_ONCE)
+    ids: list[int] = []
+    shown = ""
+    for step in range(1, steps + 1):
+        new, decoding = decode(
+            model,
+            decoding,
+            max_new_tokens=SHOWN_AT_ONCE,
+            temperature=temperature,
+            key=key,
+            eos_id=tokenizer.eos_ids,
+        )
+        ids = [*ids, *new[0].tolist()][:max_new_tokens]
+        kept = tokenizer.before_end(ids)
+        last = step == steps or len(kept) < len(ids)
+        text = tokenizer.decode(kept)
+        if not last:  # of a character's bytes some may be missing
+            text = text.rstrip("\ufffd")
+        if part := text[len(shown) :]:
+            yield part
+            shown = text
+        if last:
+            return

@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from examples import terminal
 from examples.checks import check_least
-from examples.llama.model.generation import decode, left_padded, prefill
+from examples.llama.model.generation import decode, left_padded, padded_width, prefill
 from examples.llama.model.llama import Llama
 from examples.llama.model.loss import pick
 from examples.llama.model.products import float32_einsum
 from examples.llama.text.tokenizer import Tokenizer
 
-SHORTEST = 32  # tokens, to which shorter texts are padded
 SCORED_AT_ONCE = 256  # tokens of which logits are in memory
 DECODED_AT_ONCE = 32  # tokens until texts are looked at for a stop string
 # Put where a message is to go on; a template that strips it strips its space.
@@ -309,8 +308,7 @@ class JaxLM(TemplateLM):
 
 
 def _width(rows: Sequence[Sequence[int]], most: int) -> int:
-    longest = max(len(row) for row in rows)
-    return min(max(SHORTEST, 1 << (longest - 1).bit_length()), most)
+    return padded_width(max(map(len, rows)), most)
 
 
 def _bar(name: str, total: int, disable: bool) -> tqdm:

@@ -13,6 +13,8 @@ from jax.typing import ArrayLike
 from examples.checks import check_least
 from examples.llama.model.llama import Cache, Llama
 
+SHORTEST = 32  # tokens, to which shorter texts are padded
+
 
 class Decoding(NamedTuple):
     """How far B texts have come, from `prefill` to `decode` and from call to call.
@@ -63,12 +65,7 @@ def generate(
     """
     tokens, mask = _check_prompts(model, tokens, mask)
     _check_options(max_new_tokens, temperature, key)
-    longest, limit = mask.sum(axis=1).max(), model.config.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens {max_new_tokens} and a prompt of {longest} tokens exceed "
-            f"the model's max_position_embeddings, {limit}"
-        )
+    check_room(model, mask.sum(axis=1).max(), max_new_tokens)
     decoding = prefill(model, tokens, mask=mask, max_new_tokens=max_new_tokens)
     return decode(
         model,
@@ -78,6 +75,16 @@ def generate(
         key=key,
         eos_id=eos_id,
     )[0]
+
+
+def check_room(model: Llama, longest: int, max_new_tokens: int) -> None:
+    """Raises ValueError where a prompt and its continuation exceed the positions."""
+    limit = model.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} and a prompt of {longest} tokens exceed "
+            f"the model's max_position_embeddings, {limit}"
+        )
 
 
 def left_padded(
@@ -92,6 +99,11 @@ def left_padded(
     for i, prompt in enumerate(prompts):
         tokens[i, -len(prompt) :], mask[i, -len(prompt) :] = prompt, True
     return tokens, mask
+
+
+def padded_width(longest: int, most: int) -> int:
+    """The next power of two, up to `most`, so that few widths are compiled."""
+    return min(max(SHORTEST, 1 << (longest - 1).bit_length()), most)
 
 
 def prefill(

@@ -11,6 +11,9 @@ from examples.llama.text.tokenizer import Tokenizer
 
 TEMPLATES = ("paper", "tokenizer")
 _CHUNK = 1024  # records that are tokenized at the same time
+# Parts text that reads like a special token, so that it stays text. Unicode keeps these
+# characters free for uses such as this one.
+_APART = "\ufdd0\ufdd1"
 
 
 class Piece(NamedTuple):
@@ -37,25 +40,30 @@ class Example(NamedTuple):
     source: str
 
 
-def split(record: Record, tokenizer: Tokenizer, template: str) -> Pieces:
+def split(
+    record: Record, tokenizer: Tokenizer, template: str, *, prompt: bool = False
+) -> Pieces:
     """Splits a record's text where the loss begins or ends to count.
 
     Args:
       record: The record.
       tokenizer: Whose end token and template it is.
       template: Of TEMPLATES, for conversations; plain text needs none.
+      prompt: Whether a model is to go on: a conversation with its next answer, plain
+        text where it stops.
 
     Raises:
       ValueError: The tokenizer's template refuses the record; the message has its
         source.
     """
     if isinstance(record.content, str):
-        text = Piece(record.content, counted=True, ended=True)
+        text = Piece(record.content, counted=True, ended=not prompt)
         return Pieces([text], rendered=False, source=record.source)
     if template == "paper":
-        return Pieces(_paper(record.content), rendered=False, source=record.source)
+        pieces = _paper(record.content, prompt)
+        return Pieces(pieces, rendered=False, source=record.source)
     try:
-        pieces = _rendered(record.content, tokenizer)
+        pieces = _rendered(record.content, tokenizer, prompt)
     except ValueError as error:
         raise ValueError(f"{record.source}: {error}") from None
     return Pieces(pieces, rendered=True, source=record.source)
@@ -88,7 +96,28 @@ def tokenize(texts: Iterable[Pieces], tokenizer: Tokenizer) -> Iterator[Example]
                 )
 
 
-def _paper(messages: Iterable[Message]) -> list[Piece]:
+def prompts(
+    records: Iterable[Record], tokenizer: Tokenizer, template: str
+) -> list[np.ndarray]:
+    """The tokens that a model is to go on from, as it saw them in training.
+
+    Args:
+      records: Conversations, to be continued by an answer; or plain texts, to be
+        continued where they stop.
+      tokenizer: The model's.
+      template: Of TEMPLATES.
+
+    Returns:
+      int32 [T] for each record.
+
+    Raises:
+      ValueError: See `split`.
+    """
+    texts = [split(record, tokenizer, template, prompt=True) for record in records]
+    return [example.tokens for example in tokenize(texts, tokenizer)]
+
+
+def _paper(messages: Iterable[Message], prompt: bool) -> list[Piece]:
     pieces, text = [], ""
     for role, turn in messages:
         text += f"<|{role}|>\n"
@@ -98,20 +127,21 @@ def _paper(messages: Iterable[Message]) -> list[Piece]:
             text = "\n"
         else:
             text += f"{turn}\n"
+    if prompt:
+        text += "<|assistant|>\n"
     return [*pieces, Piece(text)]
 
 
-def _rendered(content: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
-    for message in content:
-        if token := tokenizer.find_special_token(message.content):
-            raise ValueError(
-                f"a turn of {message.role} has the text {token!r}, which the "
-                "tokenizer's template would make a special token; expected other text, "
-                "or template paper"
-            )
-    messages = [message._asdict() for message in content]
-    whole = tokenizer.apply_chat_template(messages)
-    pieces, end = [], 0
+def _rendered(
+    content: Sequence[Message], tokenizer: Tokenizer, prompt: bool
+) -> list[Piece]:
+    messages = [
+        {"role": message.role, "content": _parted(message.content, tokenizer)}
+        for message in content
+    ]
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)
+    pieces: list[Piece] = []
+    end = 0
     for i, message in enumerate(content):
         if message.role != "assistant":
             continue
@@ -120,6 +150,9 @@ def _rendered(content: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
         if not (
             whole.startswith(after) and after.startswith(before) and len(before) >= end
         ):
+            if prompt:  # nothing counts, so no answer has to be told
+                pieces, end = [], 0
+                break
             raise ValueError(
                 f"the chat template has other text for messages 1 to {i + 1} alone "
                 "than within the conversation, so that the answers cannot be told; "
@@ -128,7 +161,23 @@ def _rendered(content: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
         pieces.append(Piece(before[end:]))
         pieces.append(Piece(after[len(before) :], counted=True))
         end = len(after)
-    return [*pieces, Piece(whole[end:])]
+    return [
+        Piece(part, piece.counted)
+        for piece in [*pieces, Piece(whole[end:])]
+        for part in piece.text.split(_APART)
+    ]
+
+
+def _parted(text: str, tokenizer: Tokenizer) -> str:
+    """The text with _APART inside of all that reads like a special token."""
+    while token := tokenizer.find_special_token(text):
+        if len(token) == 1:
+            raise ValueError(
+                f"a message has the text {token!r}, which the tokenizer's template "
+                "makes a special token; expected other text, or template paper"
+            )
+        text = text.replace(token, token[0] + _APART + token[1:])
+    return text
 
 
 def _counted(ids: list[int], tokenizer: Tokenizer) -> int:

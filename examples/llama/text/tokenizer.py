@@ -28,7 +28,9 @@ class Tokenizer:
 
     backend: tokenizers.Tokenizer
     bos_id: int | None  # what a text begins with, where the model knows such a token
-    eos_ids: tuple[int, ...]  # what ends an answer; training puts the first one there
+    # What ends an answer; training puts the first one there. What the chat template
+    # puts behind answers is added.
+    eos_ids: tuple[int, ...]
     pad_id: int
     chat_template: str | None = None  # in Jinja, as Hugging Face's
 
@@ -48,6 +50,8 @@ class Tokenizer:
             if bos
             else None
         )
+        ends = dict.fromkeys([*self.eos_ids, *self._template_ends()])
+        object.__setattr__(self, "eos_ids", tuple(ends))
 
     def __reduce__(self) -> tuple:
         # A copy of the backend forgets `encode_special_tokens`.
@@ -162,19 +166,32 @@ class Tokenizer:
         unknown = getattr(self.backend.model, "unk_token", None)
         return tokens | ({"unk_token": unknown} if unknown else {})
 
+    def _template_ends(self) -> list[int]:
+        """The special token that the chat template puts behind an answer, if any."""
+        question, answer = ("user", "A question."), ("assistant", "An answer.")
+        chat = [{"role": role, "content": text} for role, text in (question, answer)]
+        try:
+            text = self.apply_chat_template(chat) if self.chat_template else ""
+        except ValueError:  # whoever uses the template sees it
+            return []
+        _, found, behind = text.rpartition(answer[1])
+        ends = [token for token in self._registered if found and token in behind]
+        ends.sort(key=lambda token: (behind.index(token), -len(token)))
+        return [self._registered[token] for token in ends[:1]]
+
     def _anchor(self, before: str, chat: bool) -> tuple[str, int]:
         """What to put before a text that goes on, and how many tokens that gives."""
         if not before:
             return "", 0
-        if chat and before.endswith(self._registered):
+        if chat and before.endswith(tuple(self._registered)):
             # Behind a special token, some tokenizers begin as at the start of a text.
             return next(t for t in self._registered if before.endswith(t)), 1
         return self._byte_anchor
 
     @functools.cached_property
-    def _registered(self) -> tuple[str, ...]:
-        added = self.backend.get_added_tokens_decoder().values()
-        return tuple(token.content for token in added if token.special)
+    def _registered(self) -> dict[str, int]:
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special}
 
     @functools.cached_property
     def _chat_backend(self) -> tokenizers.Tokenizer:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from examples.files import write_json
 from examples.llama.checkpoints.huggingface import save_hugging_face
-from examples.llama.model.generation import generate, left_padded
+from examples.llama.evaluation.answers import complete
 from examples.llama.model.llama import Llama
 from examples.llama.model.sharding import shardings_of
 from examples.llama.reporting.measured import MEASURES
@@ -90,23 +90,16 @@ def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:
     room = model.config.max_position_embeddings - length
     if room < 1:
         return []
-    tokens, mask = left_padded(prompts, len(prompts), length)
-    new = generate(
-        model,
-        tokens,
-        mask=mask,
-        max_new_tokens=min(SAMPLE_TOKENS, room),
-        eos_id=tokenizer.eos_ids,
+    answers = complete(
+        model, tokenizer, prompts, max_new_tokens=min(SAMPLE_TOKENS, room)
     )
     return [
         {
             "prompt": tokenizer.decode(prompt.tolist()),
             "expected": tokenizer.decode(text.tolist()),
-            "answer": tokenizer.decode(ids),
+            "answer": answer,
         }
-        for prompt, text, ids in zip(
-            prompts, texts, np.asarray(new).tolist(), strict=True
-        )
+        for prompt, text, answer in zip(prompts, texts, answers, strict=True)
     ]
 
 

@@ -43,17 +43,21 @@ SETTINGS = {
 }
 
 
-def write_files(root):
-    """A model directory with a tokenizer, records and text: arguments of Config."""
-    write_tokenizer(root / "tokenizer.bin", ["<unk>", *BASE, " "])
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
+def random_model(config, rng):
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
 
     def draw(like):
         return jnp.asarray(rng.normal(scale=0.1, size=like.shape) + (like.ndim == 1))
 
     state = jax.tree.map(lambda x: draw(x).astype(x.dtype), state)
-    save_hugging_face(nnx.merge(graph, state), root / "model")
+    return nnx.merge(graph, state)
+
+
+def write_files(root):
+    """A model directory with a tokenizer, records and text: arguments of Config."""
+    write_tokenizer(root / "tokenizer.bin", ["<unk>", *BASE, " "])
+    rng = np.random.default_rng(0)
+    save_hugging_face(random_model(CONFIG, rng), root / "model")
     save_tokenizer(load_tokenizer(root / "tokenizer.bin"), root / "model")
     for name, count in (("data.jsonl", 22), ("eval.jsonl", 7)):
         lines = [

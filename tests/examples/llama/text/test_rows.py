@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
 from examples.llama.text.rows import (
     Dataset,
@@ -193,15 +194,16 @@ def with_template(tokenizer, template, **changes):
 
 def test_text_behind_the_end_token_does_not_count(llama3, tmp_path):
     path = write_pairs(tmp_path / "some.jsonl", ("an", "the"))
-    end = llama3.backend.token_to_id("<|im_end|>")
-    tk = with_template(llama3, CHATML_TEMPLATE, eos_ids=(end,))
+    # <|im_end|> is known from the template.
+    tk = with_template(llama3, CHATML_TEMPLATE)
     [(ids, mask)] = segments(load_dataset(path, tk, 99, template="tokenizer")).values()
     assert ids[-1] not in tk.eos_ids and not mask[-1]
     assert np.array(ids)[mask].tolist() == tk.encode_chat("the<|im_end|>").ids
-    # Where the model does not know it as one, all that comes behind the prompt counts.
-    tk = with_template(llama3, CHATML_TEMPLATE)
+    # Where a template has no such token, all that comes behind the prompt counts.
+    tk = with_template(llama3, CHATML_TEMPLATE.replace("<|im_end|>", "."))
+    assert tk.eos_ids == llama3.eos_ids
     [(ids, mask)] = segments(load_dataset(path, tk, 99, template="tokenizer")).values()
-    assert np.array(ids)[mask].tolist() == tk.encode_chat("the<|im_end|>\n").ids
+    assert np.array(ids)[mask].tolist() == tk.encode("the.\n")
 
 
 @pytest.mark.parametrize(
@@ -240,16 +242,35 @@ def test_templates_that_do_not_fit(llama3, tmp_path, template, message):
 
 
 def test_special_tokens_in_the_text_of_a_template(llama3, tmp_path):
-    pairs = [("an", "a"), ("<|eot_id|>", "a"), ("an", "a <|begin_of_text|>")]
+    pairs = [("a", "b"), ("<|eot_id|>a", "an <|begin_of_text|> and <|eot_id|>")]
     path = write_pairs(tmp_path / "some.jsonl", *pairs)
+    dataset = load_dataset(path, llama3, 99, template="tokenizer")
+    plain, found = segments(dataset).values()
+    special = set(llama3.encode_chat(llama3.apply_chat_template([])).ids)
+    special |= {*llama3.eos_ids, llama3.bos_id}
+    kept = [[i for i in ids if i in special] for ids, _ in (plain, found)]
+    assert kept[0] == kept[1]
+    assert llama3.decode(found[0]) == (
+        f"user\n\n{pairs[1][0]}assistant\n\n{pairs[1][1]}"
+    )
+    counted = np.array(found[0])[found[1]].tolist()
+    assert counted[-1] == llama3.backend.token_to_id("<|eot_id|>")
+    assert llama3.decode(counted) == pairs[1][1]
+
+
+def test_a_special_token_of_one_character(llama3, tmp_path):
+    path = write_pairs(tmp_path / "some.jsonl", ("5 §", "a"), ("5", "a"))
+    backend = Backend.from_str(llama3.backend.to_str())
+    backend.add_special_tokens(["§"])
+    tk = Tokenizer(backend, None, llama3.eos_ids, 0, CHATML_TEMPLATE)
     with refused(
-        f"{path}:2: a turn of user has the text '<|eot_id|>', which the tokenizer's "
-        "template would make a special token; expected other text, or template paper"
+        f"{path}:1: a message has the text '§', which the tokenizer's template makes a "
+        "special token; expected other text, or template paper"
     ):
-        load_dataset(path, llama3, 99, template="tokenizer")
-    dataset = load_dataset(path, llama3, 99, template="tokenizer", skip_bad=True)
-    assert (len(dataset), len(dataset.bad)) == (1, 2)
-    assert len(load_dataset(path, llama3, 99)) == 3
+        load_dataset(path, tk, 99, template="tokenizer")
+    dataset = load_dataset(path, tk, 99, template="tokenizer", skip_bad=True)
+    assert (len(dataset), len(dataset.bad)) == (1, 1)
+    assert len(load_dataset(path, tk, 99)) == 2
 
 
 def test_bad_records(tokenizer, tmp_path):
@@ -263,8 +284,8 @@ def test_bad_records(tokenizer, tmp_path):
         f'{path}, line 2: "text" is int',
         f"{path}, line 3: int found",
     ]
-    write_pairs(path, ("</s>", "a"), ("</s>", "b"))
-    with refused(f"{path}: all records are bad, 2. {path}:1: a turn of user has"):
+    write_pairs(path, ("a", "a"), ("b", "b"))
+    with refused(f"{path}: all records are bad, 2. {path}:1: the tokenizer has no ch"):
         load_dataset(path, tokenizer, 30, template="tokenizer", skip_bad=True)
 
 
