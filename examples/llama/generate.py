@@ -22,6 +22,8 @@ from examples.llama.text.tokenizer import load_tokenizer, tokenizer_path
 class Args:
     model: Path
     """A directory with config.json and safetensors files, or a llama2.c checkpoint."""
+    adapter: Path | None = None
+    """Directory of a PEFT adapter, for LoRA beside the model's weights."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a llama2.c tokenizer; by default the model's own."""
     prompt: str = ""
@@ -42,7 +44,7 @@ def continue_text(args: Args) -> str:
     except UnicodeEncodeError as error:  # of bytes that Python could not decode
         raise ValueError(f"prompt: {error}; expected UTF-8") from None
     path = tokenizer_path(args.tokenizer, args.model)
-    model = load_model(args.model)
+    model = load_model(args.model, adapter=args.adapter)
     tokenizer = load_tokenizer(path, model.config.vocab_size)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = start + tokenizer.encode(args.prompt)

@@ -31,7 +31,6 @@ class Measures:
       graph: Of the trained model.
       frozen: Its parameters that do not train.
       reference: Graph and parameters of the pretrained model, or None.
-      lora_scale: alpha / rank.
       held_out, retained: What to evaluate on, or None.
       batch_size: Rows at a time.
       mesh: That the parameters lie on.
@@ -43,7 +42,6 @@ class Measures:
         frozen: nnx.State,
         reference: tuple[nnx.GraphDef, nnx.State] | None,
         *,
-        lora_scale: float,
         held_out: Dataset | None,
         retained: Dataset | None,
         batch_size: int,
@@ -72,7 +70,7 @@ class Measures:
             return total, kl, jnp.sum(mask, dtype=jnp.float32)
 
         self._loss, self._loss_and_kl = loss, loss_and_kl
-        self._changes = jax.jit(functools.partial(_changes, scale=lora_scale))
+        self._changes = jax.jit(functools.partial(_changes, graph))
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
         """Those of `reporting.measured.MEASURES` that can be measured."""
@@ -104,7 +102,7 @@ class Measures:
           By the tensor's name: "distance" (Euclidean), "norm" of the pretrained one,
           "size", and "touched", the share of entries that differ from the pretrained
           ones: those ever moved, but for any that came back to the same bits. With
-          LoRA the tensors are the merged ones.
+          LoRA the tensors are the merged ones, in float32.
         """
         if self._reference is None:
             return {}
@@ -136,18 +134,11 @@ class Measures:
         return [float(total / count) for total in totals]
 
 
-def full_parameters(
-    params: nnx.State, frozen: nnx.State, scale: float
-) -> dict[str, Any]:
-    """The parameters of the model without LoRA, as nested dictionaries."""
-    return merge_lora(nnx.to_pure_dict(nnx.merge_state(params, frozen)), scale)
-
-
 def _changes(
-    params: nnx.State, frozen: nnx.State, reference: nnx.State, *, scale: float
+    graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, reference: nnx.State
 ) -> Any:
     def change(x: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
-        touched = jnp.sum(x != start, dtype=jnp.float32)
+        touched = jnp.sum(x != start.astype(x.dtype), dtype=jnp.float32)
         size = jnp.float32(start.size)
         return (
             distance(x, start),
@@ -156,5 +147,7 @@ def _changes(
             size,
         )
 
-    now = full_parameters(params, frozen, scale)
+    model = nnx.merge(graph, params, frozen)
+    merge_lora(model, jnp.float32)
+    now = nnx.to_pure_dict(nnx.state(model))
     return jax.tree.map(change, now, nnx.to_pure_dict(reference))
