@@ -54,12 +54,11 @@ class LoRALinear(nnx.Module):
         return self.lora_a.shape[1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, a, b = (
-            p[...].astype(self.dtype) for p in (self.kernel, self.lora_a, self.lora_b)
-        )
         x = x.astype(self.dtype)
+        a, b = (p[...].astype(self.dtype) for p in (self.lora_a, self.lora_b))
         scale = jnp.asarray(self.alpha / self.rank, self.dtype)
-        return x @ kernel + (self.dropout(x) @ a) @ b * scale
+        product = (self.dropout(x) @ a) @ b
+        return _frozen_product(x, self.kernel[...]) + product * scale
 
     def merged(self, dtype: DTypeLike | None = None) -> nnx.Linear:
         """One linear map that does the same; see `merge_lora`."""
@@ -79,6 +78,13 @@ class LoRALinear(nnx.Module):
         )
         linear.kernel = nnx.Param(kernel)
         return linear
+
+
+# The backward pass converts the kernel again. Else it would keep what the forward pass
+# converted: a copy of the whole model in a wider dtype.
+@jax.checkpoint
+def _frozen_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel.astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "dtype"))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from examples.llama.model.lora import merge_lora
+from examples.llama.model.lora import lora_layers
 from examples.llama.model.loss import (
     Batch,
     cross_entropy_sum,
@@ -18,7 +18,7 @@ from examples.llama.model.loss import (
     next_token_loss,
     predict,
 )
-from examples.llama.model.parameters import parameter_name
+from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import put_batch
 from examples.llama.text.rows import Dataset, ordered_batches
 from mofo_jax import distance
@@ -47,7 +47,8 @@ class Measures:
         batch_size: int,
         mesh: Mesh,
     ):
-        self._frozen, self._reference = frozen, reference and reference[1]
+        self._graph, self._frozen = graph, frozen
+        self._reference = reference and reference[1]
         self._held_out, self._retained = held_out, retained
         self._batch_size, self._mesh = batch_size, mesh
 
@@ -70,7 +71,6 @@ class Measures:
             return total, kl, jnp.sum(mask, dtype=jnp.float32)
 
         self._loss, self._loss_and_kl = loss, loss_and_kl
-        self._changes = jax.jit(functools.partial(_changes, graph))
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
         """Those of `reporting.measured.MEASURES` that can be measured."""
@@ -106,19 +106,23 @@ class Measures:
         """
         if self._reference is None:
             return {}
-        found = jax.device_get(self._changes(params, self._frozen, self._reference))
-        leaves = jax.tree.leaves_with_path(
-            found, is_leaf=lambda x: isinstance(x, tuple)
-        )
-        result = {}
-        for path, (moved, norm, touched, size) in leaves:
-            result[parameter_name(path)] = {
+        model = nnx.merge(self._graph, params, self._frozen)
+        now, linears = named_parameters(nnx.state(model)), lora_layers(model)
+        found = {}
+        for name, start in named_parameters(self._reference).items():
+            x = now[name]
+            if linear := linears.get(name.removesuffix(".kernel")):
+                x = linear.merged(jnp.float32).kernel[...]  # one at a time
+            found[name] = _change(x, start)
+        return {
+            name: {
                 "distance": float(moved),
                 "norm": float(norm),
-                "touched": float(touched) / float(size),
-                "size": float(size),
+                "touched": float(touched) / start.size,
+                "size": float(start.size),
             }
-        return result
+            for name, (moved, norm, touched) in jax.device_get(found).items()
+        }
 
     def _means(
         self, dataset: Dataset, sums: Callable[[Batch], tuple[jax.Array, ...]]
@@ -134,20 +138,9 @@ class Measures:
         return [float(total / count) for total in totals]
 
 
-def _changes(
-    graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, reference: nnx.State
-) -> Any:
-    def change(x: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
-        touched = jnp.sum(x != start.astype(x.dtype), dtype=jnp.float32)
-        size = jnp.float32(start.size)
-        return (
-            distance(x, start),
-            jnp.linalg.norm(start.astype(jnp.float32)),
-            touched,
-            size,
-        )
-
-    model = nnx.merge(graph, params, frozen)
-    merge_lora(model, jnp.float32)
-    now = nnx.to_pure_dict(nnx.state(model))
-    return jax.tree.map(change, now, nnx.to_pure_dict(reference))
+@jax.jit
+def _change(x: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
+    """Distance from the start, its norm, and the number of entries that differ."""
+    norm = jnp.linalg.norm(start.astype(jnp.float32))
+    touched = jnp.sum(x != start.astype(x.dtype), dtype=jnp.float32)
+    return distance(x, start), norm, touched
