@@ -108,8 +108,8 @@ class Measures:
             return {}
         model = nnx.merge(self._graph, params, self._frozen)
         now, linears = named_parameters(nnx.state(model)), lora_layers(model)
-        found = {}
-        for name, start in named_parameters(self._reference).items():
+        found, reference = {}, named_parameters(self._reference)
+        for name, start in reference.items():
             x = now[name]
             if linear := linears.get(name.removesuffix(".kernel")):
                 x = linear.merged(jnp.float32).kernel[...]  # one at a time
@@ -118,8 +118,8 @@ class Measures:
             name: {
                 "distance": float(moved),
                 "norm": float(norm),
-                "touched": float(touched) / start.size,
-                "size": float(start.size),
+                "touched": float(touched) / reference[name].size,
+                "size": float(reference[name].size),
             }
             for name, (moved, norm, touched) in jax.device_get(found).items()
         }

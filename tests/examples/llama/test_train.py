@@ -238,11 +238,13 @@ def test_lora_of_some_projections(files, run, targets):
     """A bfloat16 base with a MoFO filter, an importance and a penalty; no model."""
     output, result = run(
         f"lora {targets}", lora_rank=2, lora_targets=targets, param_dtype="bfloat16",
-        method="keep", importance_texts=4, regularize=("kl:0.1",), steps=4,
-        learning_rate=1e-1, alpha=0.5, report=True,
+        method="keep", importance_texts=4, regularize=("kl:0.1",), report=True,
     )  # fmt: skip
     assert result["after"]["eval_loss"] < result["before"]["eval_loss"]
-    assert 0 < result["after"]["touched"] < 0.6 and result["after"]["distance"] > 0
+    facts = json.loads((output / "run.json").read_text())
+    kernels = 2 * 16 * 16 if targets == "q_proj,v_proj" else 24 * 16
+    touched = result["after"]["touched"] * facts["parameters"]
+    assert 0.1 * kernels < touched < 1.001 * kernels
     assert not (output / "model").exists()
     tensors = read_header(output / "adapter/adapter_model.safetensors")
     assert {x.dtype for x in tensors.values()} == {"F32"}
