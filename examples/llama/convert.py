@@ -1,6 +1,7 @@
 """Convert a llama2.c file, or a Hugging Face checkpoint, to a Hugging Face directory.
 
 python -m examples.llama.convert --model FILE --tokenizer FILE --output DIR
+python -m examples.llama.convert --model DIR --adapter DIR --output DIR
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import tyro
 from examples import terminal
 from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.checkpoints.loading import load_model
+from examples.llama.model.lora import merge_lora
 from examples.llama.model.parameters import DTypeName
 from examples.llama.text.tokenizer import (
     load_tokenizer,
@@ -26,6 +28,8 @@ class Args:
     """A llama2.c checkpoint, or a directory of Hugging Face's."""
     tokenizer: Path | None = None
     """A llama2.c tokenizer, or a directory with tokenizer.json; else the model's."""
+    adapter: Path | None = None
+    """Directory of a PEFT adapter to merge into the model."""
     output: Path
     """The directory to write."""
     dtype: DTypeName = "float32"
@@ -35,7 +39,8 @@ class Args:
 def convert(args: Args) -> None:
     """Writes model and tokenizer as a Hugging Face directory; errors as of both."""
     path = tokenizer_path(args.tokenizer, args.model)
-    model = load_model(args.model, param_dtype=args.dtype)
+    model = load_model(args.model, param_dtype=args.dtype, adapter=args.adapter)
+    merge_lora(model)
     tokenizer = load_tokenizer(path, model.config.vocab_size)
     save_hugging_face(model, args.output, source=args.model)
     save_tokenizer(tokenizer, args.output)

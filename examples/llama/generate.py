@@ -33,6 +33,8 @@ with contextlib.suppress(ImportError):
 class Args:
     model: Path
     """A directory with config.json and safetensors files, or a llama2.c checkpoint."""
+    adapter: Path | None = None
+    """Directory of a PEFT adapter, for LoRA beside the model's weights."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a llama2.c tokenizer; by default the model's own."""
     prompt: str = ""
@@ -122,7 +124,7 @@ def _load(args: Args) -> tuple[Llama, Tokenizer]:
     for name in ("prompt", "chat", "system"):
         _check_text(name, getattr(args, name) or "")
     path = tokenizer_path(args.tokenizer, args.model)
-    model = load_model(args.model)
+    model = load_model(args.model, adapter=args.adapter)
     return model, load_tokenizer(path, model.config.vocab_size)
 
 

@@ -4,22 +4,23 @@ Tensors have Hugging Face's names and, for kernels, its order [out, in]. Nothing
 unpickles or runs code from a checkpoint.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from examples.checks import check_writable
+from examples.llama.checkpoints.directories import (
+    TOKENIZER,
+    check_directory,
+    gathered,
+    save_directory,
+)
 from examples.llama.checkpoints.huggingface_config import (
     from_hugging_face,
     to_hugging_face,
@@ -31,7 +32,6 @@ from examples.llama.checkpoints.safetensors_files import (
     read_json,
     read_tensor,
     write_tensors,
-    written_here,
 )
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
@@ -48,9 +48,9 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a saved model's directory holds, the tokenizer's files included.
 OURS = re.compile(
     r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors"
-    r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json"
-    r"|special_tokens_map\.json|chat_template\.jinja"
+    rf"|model\.safetensors\.index\.json|{TOKENIZER}"
 )
+WHAT = "a model"
 
 
 def load_hugging_face(
@@ -217,37 +217,19 @@ def save_hugging_face(
         raise ValueError(f"max_shard_bytes must be 1 or above, got {max_shard_bytes}")
     stored = np.dtype(given[0])
 
-    tensors = _gathered(params, stored)
-    failure = None
-    if jax.process_index() == 0:
+    arrays = gathered(params.values(), stored)
+    tensors = (
+        array.T if _is_kernel(name) else array
+        for name, array in zip(params, arrays, strict=True)
+    )
+
+    def write(staging: Path) -> None:
         config = to_hugging_face(model.config) | {"torch_dtype": stored.name}
-        try:
-            with _replacing(directory) as staging:
-                _write_config(staging, config, None if source is None else Path(source))
-                shapes = tensor_shapes(model.config)
-                write_tensors(staging, shapes, stored, tensors, max_shard_bytes)
-        except (OSError, ValueError) as error:
-            failure = error
-    if jax.process_count() > 1:
-        for _ in tensors:  # each process takes part in gathering, whatever happened
-            pass
-        saved = multihost_utils.broadcast_one_to_all(np.array(failure is None))
-        if failure is None and not saved:
-            failure = ValueError(f"{directory}: the first process could not save there")
-    if failure is not None:
-        raise failure
+        _write_config(staging, config, None if source is None else Path(source))
+        shapes = tensor_shapes(model.config)
+        write_tensors(staging, shapes, stored, tensors, max_shard_bytes)
 
-
-def _gathered(params: dict[str, jax.Array], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Each parameter whole, as a file has it."""
-    for name, param in params.items():
-        if param.is_fully_addressable:
-            # A copy, because an array keeps what it was once read as on the host.
-            array = np.asarray(param.copy())
-        else:
-            array = multihost_utils.process_allgather(param, tiled=True)
-        array = array.astype(dtype, copy=False)
-        yield array.T if _is_kernel(name) else array
+    save_directory(directory, tensors, write, ours=OURS, what=WHAT)
 
 
 def _write_config(staging: Path, config: dict[str, Any], source: Path | None) -> None:
@@ -261,36 +243,4 @@ def _write_config(staging: Path, config: dict[str, Any], source: Path | None) ->
 
 def check_destination(directory: str | os.PathLike[str]) -> None:
     """Raises ValueError where `save_hugging_face` could not write `directory`."""
-    directory = Path(directory).absolute()
-    check_writable(directory, directory.parent)
-    if directory.exists():
-        files = sorted(directory.iterdir()) if directory.is_dir() else [directory]
-        weights = [file for file in files if file.suffix == ".safetensors"]
-        odd = [file for file in files if not OURS.fullmatch(file.name)]
-        odd += [file for file in weights if not written_here(file)]
-        if files and (odd or not weights):
-            reason = f": {odd[0].name}" if odd else ""
-            raise ValueError(
-                f"{directory}: not overwritten, it is neither an empty directory nor "
-                f"one that a model alone was saved to{reason}"
-            )
-
-
-@contextlib.contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `directory`, if that is one of ours."""
-    staging = directory.with_name(f".{directory.name}.saving")
-    previous = directory.with_name(f".{directory.name}.previous")
-    check_destination(directory)
-    shutil.rmtree(staging, ignore_errors=True)  # of a process killed on the way
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    except (OSError, ValueError):
-        shutil.rmtree(staging, ignore_errors=True)  # gives a full disk its space back
-        raise
-    if directory.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.rename(previous)
-    staging.rename(directory)
-    shutil.rmtree(previous, ignore_errors=True)
+    check_directory(directory, OURS, WHAT)

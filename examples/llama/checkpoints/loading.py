@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from examples.llama.checkpoints.adapter import load_adapter
 from examples.llama.checkpoints.huggingface import load_hugging_face
 from examples.llama.checkpoints.llama2c import load_llama2c
 from examples.llama.model.llama import Llama
@@ -18,6 +19,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     sharding: Sharding | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Llama:
     """Loads a llama2.c file or the directory of a Hugging Face checkpoint.
 
@@ -28,10 +30,15 @@ def load_model(
       sharding: A function of a parameter's name ("layers.0.mlp.up_proj.kernel") and
         shape that returns where it goes; None is JAX's default device. In several
         processes, each must be able to read `path`.
+      adapter: The directory of a PEFT adapter, whose LoRA the model gets.
 
     Raises:
       FileNotFoundError: Nothing is at `path`.
-      ValueError: It is neither of these, or it is damaged.
+      ValueError: It is neither of these, or it is damaged; or the adapter is, or is not
+        one for this model.
     """
     load = load_hugging_face if Path(path).is_dir() else load_llama2c
-    return load(path, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    model = load(path, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    if adapter is not None:
+        load_adapter(model, adapter, sharding=sharding)
+    return model

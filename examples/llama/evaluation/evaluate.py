@@ -42,6 +42,8 @@ BOOTSTRAPS = 1000  # resamplings, for the few metrics without a formula for the 
 class Args:
     model: Path
     """A Hugging Face directory (config.json, safetensors), or a llama2.c checkpoint."""
+    adapter: Path | None = None
+    """Directory of a PEFT adapter, for LoRA beside the model's weights."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
     tasks: str = "paper"
@@ -100,7 +102,11 @@ def evaluate(args: Args) -> dict[str, Any]:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     mesh, dtype = make_mesh(args.mesh), jnp.dtype(args.dtype)
     model = load_model(
-        args.model, dtype=dtype, param_dtype=dtype, sharding=parameter_sharding(mesh)
+        args.model,
+        dtype=dtype,
+        param_dtype=dtype,
+        sharding=parameter_sharding(mesh),
+        adapter=args.adapter,
     )
     tokenizer = load_tokenizer(args.tokenizer or args.model, model.config.vocab_size)
     lm = JaxLM(

@@ -7,6 +7,7 @@ import jax
 
 from examples.checks import check_least, check_seed, check_writable
 from examples.llama.checkpoints.fisher_files import read_origin
+from examples.llama.model.lora import PROJECTIONS
 from examples.llama.model.parameters import DTypeName
 from examples.llama.text.tokenizer import tokenizer_path
 from examples.llama.training.config import METHODS, SELF, Config
@@ -20,6 +21,7 @@ def check(config: Config) -> None:
     if not 0 < config.alpha <= 1:
         raise ValueError(f"alpha must be above 0 and up to 1, got {config.alpha}")
     _check_kept(config)
+    _check_lora(config)
     above = {
         "learning_rate": config.learning_rate,
         "clip_norm": config.clip_norm,
@@ -93,6 +95,22 @@ def _check_devices(config: Config) -> None:
         raise ValueError(
             f"{flags} given without --distributed: each process would train alone"
         )
+
+
+def _check_lora(config: Config) -> None:
+    """Raises ValueError for a bad setting of LoRA, or one without LoRA."""
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(
+            f"lora_dropout must be 0 or above and below 1, got {config.lora_dropout}"
+        )
+    given = {
+        "lora_dropout": config.lora_dropout > 0,
+        "lora_targets": config.lora_modules != PROJECTIONS,
+        "lora_merge": config.lora_merge,
+    }
+    for name, needs_rank in given.items():
+        if needs_rank and not config.lora_rank:
+            raise ValueError(f"{name} is for LoRA: give lora_rank as well")
 
 
 def _check_kept(config: Config) -> None:

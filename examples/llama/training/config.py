@@ -9,7 +9,11 @@ import tyro
 
 from examples.llama.model.parameters import DTypeName
 from examples.llama.text.records import Source, parse_source
-from examples.llama.training.flags import parse_interpolation, parse_penalties
+from examples.llama.training.flags import (
+    parse_interpolation,
+    parse_penalties,
+    parse_targets,
+)
 
 _Many = tyro.conf.UseAppendAction
 
@@ -81,6 +85,13 @@ class Config:
     """Train a product of this rank beside each projection, not the weights (LoRA)."""
     lora_alpha: float = 16.0
     """LoRA's alpha: the product is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Share of a projection's inputs that LoRA does not see in a step."""
+    lora_targets: Annotated[str, tyro.conf.arg(metavar="NAME[,NAME]|all")] = "all"
+    """Projections that get LoRA: all, or names among q_proj, k_proj, v_proj, o_proj,
+    gate_proj, up_proj and down_proj."""
+    lora_merge: bool = False
+    """Write the merged model too, not only the adapter."""
 
     # Against forgetting
     importance: Annotated[str | None, tyro.conf.arg(metavar="self|FILE")] = None
@@ -126,15 +137,16 @@ class Config:
     accumulate: int = 1
     """Parts that a batch is computed in, one after another, to save memory."""
     seed: int = 0
-    """Of the order of the rows and of LoRA's start."""
+    """Seed for the order of the rows, and for LoRA's initial weights and dropout."""
 
     # Precision and devices
     dtype: DTypeName = "float32"
     """Of the computation."""
     param_dtype: DTypeName = "float32"
-    """Of the parameters as they are trained."""
+    """Precision of the parameters. With LoRA, those are frozen, and what LoRA adds is
+    float32."""
     moments_dtype: DTypeName | None = None
-    """Of the first moments; by default the parameters'."""
+    """Precision of the first moments; by default that of what trains."""
     remat: Literal["none", "dots", "full"] = "none"
     """What to compute again in the backward pass to save memory."""
     mesh: str = "fsdp=-1"
@@ -220,6 +232,11 @@ class Config:
     def penalties(self) -> dict[str, float]:
         """The strength of each kind of penalty."""
         return parse_penalties(self.regularize)
+
+    @functools.cached_property
+    def lora_modules(self) -> tuple[str, ...]:
+        """The names of the projections that get LoRA."""
+        return parse_targets(self.lora_targets)
 
     @functools.cached_property
     def interpolation(self) -> tuple[float, float] | None:

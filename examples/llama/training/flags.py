@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from examples.checks import check_name
+from examples.llama.model.lora import PROJECTIONS
+
 REGULARIZERS = ("l1", "l2", "l1-decoupled", "l2-decoupled", "ewc", "kl")
 
 
@@ -40,6 +43,18 @@ def parse_interpolation(text: str) -> tuple[float, float]:
     if not all(0 <= weight <= 1 for weight in weights):
         raise ValueError(f"interpolate must be 0 to 1, got {text!r}")
     return weights[0], weights[1]
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """The projections of "all" or "q_proj,v_proj", in the order of the model.
+
+    Raises:
+      ValueError: There is another name.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        check_name("lora_targets", name, ("all", *PROJECTIONS))
+    return tuple(name for name in PROJECTIONS if name in names or "all" in names)
 
 
 def _number(name: str, text: str, whole: str) -> float:

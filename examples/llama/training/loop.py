@@ -28,7 +28,7 @@ from examples.llama.training.log import MetricsLog
 from examples.llama.training.optimizers import MakeOptimizer, make_optimizer
 from examples.llama.training.own_texts import save_texts
 from examples.llama.training.parsing import settings
-from examples.llama.training.results import finish, interpolated, sample
+from examples.llama.training.results import exports, finish, interpolated, sample
 from examples.llama.training.setup import Run, describe, set_up
 from examples.llama.training.steps import Loss, compile_step, make_step, peak_bytes
 from examples.llama.training.streams import Streams
@@ -117,7 +117,8 @@ def train(
         label = MEASURES[name].label
         say(f"{label:54}{value:10.4f}{result['after'][name]:10.4f}")
     say(f"{rate:,.0f} tokens/s, MFU {mfu:.1%}")
-    say(f"model: {output / 'model'}")
+    for directory in exports(config):
+        say(f"{directory.name}: {directory}")
     if config.report:
         say(f"report: {output / 'report.html'}")
     return result

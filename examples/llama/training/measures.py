@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from examples.llama.model.lora import merge_lora
+from examples.llama.model.lora import lora_layers
 from examples.llama.model.loss import (
     Batch,
     cross_entropy_sum,
@@ -18,7 +18,7 @@ from examples.llama.model.loss import (
     next_token_loss,
     predict,
 )
-from examples.llama.model.parameters import parameter_name
+from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import put_batch
 from examples.llama.text.rows import Dataset, ordered_batches
 from mofo_jax import distance
@@ -31,7 +31,6 @@ class Measures:
       graph: Of the trained model.
       frozen: Its parameters that do not train.
       reference: Graph and parameters of the pretrained model, or None.
-      lora_scale: alpha / rank.
       held_out, retained: What to evaluate on, or None.
       batch_size: Rows at a time.
       mesh: That the parameters lie on.
@@ -43,13 +42,13 @@ class Measures:
         frozen: nnx.State,
         reference: tuple[nnx.GraphDef, nnx.State] | None,
         *,
-        lora_scale: float,
         held_out: Dataset | None,
         retained: Dataset | None,
         batch_size: int,
         mesh: Mesh,
     ):
-        self._frozen, self._reference = frozen, reference and reference[1]
+        self._graph, self._frozen = graph, frozen
+        self._reference = reference and reference[1]
         self._held_out, self._retained = held_out, retained
         self._batch_size, self._mesh = batch_size, mesh
 
@@ -72,7 +71,6 @@ class Measures:
             return total, kl, jnp.sum(mask, dtype=jnp.float32)
 
         self._loss, self._loss_and_kl = loss, loss_and_kl
-        self._changes = jax.jit(functools.partial(_changes, scale=lora_scale))
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
         """Those of `reporting.measured.MEASURES` that can be measured."""
@@ -104,23 +102,27 @@ class Measures:
           By the tensor's name: "distance" (Euclidean), "norm" of the pretrained one,
           "size", and "touched", the share of entries that differ from the pretrained
           ones: those ever moved, but for any that came back to the same bits. With
-          LoRA the tensors are the merged ones.
+          LoRA the tensors are the merged ones, in float32.
         """
         if self._reference is None:
             return {}
-        found = jax.device_get(self._changes(params, self._frozen, self._reference))
-        leaves = jax.tree.leaves_with_path(
-            found, is_leaf=lambda x: isinstance(x, tuple)
-        )
-        result = {}
-        for path, (moved, norm, touched, size) in leaves:
-            result[parameter_name(path)] = {
+        model = nnx.merge(self._graph, params, self._frozen)
+        now, linears = named_parameters(nnx.state(model)), lora_layers(model)
+        found, reference = {}, named_parameters(self._reference)
+        for name, start in reference.items():
+            x = now[name]
+            if linear := linears.get(name.removesuffix(".kernel")):
+                x = linear.merged(jnp.float32).kernel[...]  # one at a time
+            found[name] = _change(x, start)
+        return {
+            name: {
                 "distance": float(moved),
                 "norm": float(norm),
-                "touched": float(touched) / float(size),
-                "size": float(size),
+                "touched": float(touched) / reference[name].size,
+                "size": float(reference[name].size),
             }
-        return result
+            for name, (moved, norm, touched) in jax.device_get(found).items()
+        }
 
     def _means(
         self, dataset: Dataset, sums: Callable[[Batch], tuple[jax.Array, ...]]
@@ -136,25 +138,9 @@ class Measures:
         return [float(total / count) for total in totals]
 
 
-def full_parameters(
-    params: nnx.State, frozen: nnx.State, scale: float
-) -> dict[str, Any]:
-    """The parameters of the model without LoRA, as nested dictionaries."""
-    return merge_lora(nnx.to_pure_dict(nnx.merge_state(params, frozen)), scale)
-
-
-def _changes(
-    params: nnx.State, frozen: nnx.State, reference: nnx.State, *, scale: float
-) -> Any:
-    def change(x: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
-        touched = jnp.sum(x != start, dtype=jnp.float32)
-        size = jnp.float32(start.size)
-        return (
-            distance(x, start),
-            jnp.linalg.norm(start.astype(jnp.float32)),
-            touched,
-            size,
-        )
-
-    now = full_parameters(params, frozen, scale)
-    return jax.tree.map(change, now, nnx.to_pure_dict(reference))
+@jax.jit
+def _change(x: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
+    """Distance from the start, its norm, and the number of entries that differ."""
+    norm = jnp.linalg.norm(start.astype(jnp.float32))
+    touched = jnp.sum(x != start.astype(x.dtype), dtype=jnp.float32)
+    return distance(x, start), norm, touched

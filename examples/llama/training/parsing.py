@@ -96,7 +96,7 @@ def same_run(config: Config, path: Path) -> None:
     stored = read_json_object(path)
     # What may differ between the parts of a run, which changes nothing but rounding.
     free = {"preset", "config", "distributed", "coordinator", "processes", "process_id"}
-    free |= {"mesh", "save_every", "keep", "report"}
+    free |= {"mesh", "save_every", "keep", "report", "lora_merge"}
     # Through JSON, in which data's tuple is a list.
     for name, value in json.loads(json.dumps(settings(config))).items():
         if name not in free and stored.get(name) != value:

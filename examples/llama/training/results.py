@@ -1,8 +1,9 @@
-"""What a run leaves behind: the model, sample answers and the report."""
+"""What a run leaves behind: the model or its adapter, sample answers and the report."""
 
 import functools
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,16 +11,18 @@ import numpy as np
 from flax import nnx
 
 from examples.files import write_json
+from examples.llama.checkpoints.adapter import save_adapter
 from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.evaluation.answers import complete
 from examples.llama.model.llama import Llama
+from examples.llama.model.lora import merge_lora
 from examples.llama.model.sharding import shardings_of
 from examples.llama.reporting.measured import MEASURES
 from examples.llama.reporting.report import plot_losses, write_report
 from examples.llama.text.tokenizer import save_tokenizer
+from examples.llama.training.config import Config
 from examples.llama.training.importance import step_sizes
 from examples.llama.training.log import read_metrics
-from examples.llama.training.measures import full_parameters
 from examples.llama.training.parsing import settings
 from examples.llama.training.setup import Run, describe
 from examples.llama.training.steps import TrainState
@@ -28,17 +31,9 @@ from mofo_jax.continual import interpolate
 SAMPLE_TOKENS = 96
 
 
-def whole_model(run: Run, params: nnx.State) -> Llama:
-    """The model with these parameters, LoRA merged into its weights."""
-    if not run.config.lora_rank:
-        return nnx.merge(run.graph, params, run.fixed.frozen)
-    graph, state = run.plain
-    merged = jax.jit(full_parameters, static_argnums=2)(
-        params, run.fixed.frozen, run.lora_scale
-    )
-    state = jax.tree.map(lambda x: x, state)  # not to change the run's own
-    nnx.replace_by_pure_dict(state, merged)
-    return nnx.merge(graph, state)
+def trained_model(run: Run, params: nnx.State) -> Llama:
+    """The model with these parameters, with LoRA beside its weights where it trains."""
+    return nnx.merge(run.graph, params, run.fixed.frozen)
 
 
 def interpolated(run: Run, state: TrainState) -> TrainState:
@@ -75,7 +70,7 @@ def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:
     """
     if jax.process_count() > 1 or not run.config.samples:
         return []
-    model, tokenizer = whole_model(run, params), run.tokenizer
+    model, tokenizer = trained_model(run, params), run.tokenizer
     held_out = run.datasets.held_out
     dataset = run.datasets.training[0] if held_out is None else held_out
     # The first text of a row, up to the first token that counts, and the rest.
@@ -103,16 +98,31 @@ def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:
     ]
 
 
+def exports(config: Config) -> list[Path]:
+    """The directories that a run's results are in: an adapter, a model, or both."""
+    names = ["adapter"] if config.lora_rank else []
+    names += ["model"] if config.lora_merge or not config.lora_rank else []
+    return [config.output / name for name in names]
+
+
+def export(run: Run, params: nnx.State) -> None:
+    """Writes the directories of `exports`, each with the tokenizer."""
+    config, model = run.config, trained_model(run, params)
+    for directory in exports(config):
+        if directory.name == "adapter":
+            save_adapter(model, directory, base=config.model.resolve())
+        else:
+            merge_lora(model)
+            dtype = config.export_dtype or config.param_dtype
+            save_hugging_face(model, directory, dtype=dtype, source=config.model)
+        if jax.process_index() == 0:
+            save_tokenizer(run.tokenizer, directory)
+
+
 def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]:
-    """Exports the model and writes the report; returns what `train` does."""
-    config = run.config
-    model, output = whole_model(run, state.params), config.output
-    save_hugging_face(
-        model,
-        output / "model",
-        dtype=config.export_dtype or config.param_dtype,
-        source=config.model,
-    )
+    """Exports what was trained and writes the report; returns what `train` does."""
+    config, output = run.config, run.config.output
+    export(run, state.params)
     # All processes take part in the reductions of this, though one alone writes.
     per_tensor = run.measures.per_tensor(state.params) if config.report else {}
     importance, steps = run.importance, None
@@ -127,7 +137,6 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
     result = {"before": evaluations[0], "after": evaluations[-1], **speed}
     if jax.process_index() > 0:
         return result
-    save_tokenizer(run.tokenizer, output / "model")
     if config.report:
         samples = json.loads((output / "samples.json").read_text())
         for line, later in zip(samples, sample(run, state.params), strict=True):

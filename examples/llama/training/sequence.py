@@ -213,6 +213,7 @@ def task_config(args: Args, flags: Sequence[str], tasks: list[Task], t: int) -> 
         # What is drawn is drawn anew for each task, half fine-tuning's half too.
         "seed": config.seed + t,
         "tokenizer": tokenizer_path(config.tokenizer, config.model),
+        "lora_merge": config.lora_rank > 0,  # the next task begins at the whole model
     }
     if t:
         changes["model"] = _output(args, tasks, t - 1) / "model"

@@ -17,7 +17,12 @@ from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.lora import add_lora
 from examples.llama.model.loss import next_token_loss
-from examples.llama.model.sharding import batch_rows, make_mesh, parameter_sharding
+from examples.llama.model.sharding import (
+    batch_rows,
+    make_mesh,
+    parameter_sharding,
+    replicated,
+)
 from examples.llama.text.rows import Dataset
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
 from examples.llama.training.checks import check
@@ -51,8 +56,7 @@ class Run(NamedTuple):
     fixed: Fixed
     architecture: LlamaConfig
     graph: nnx.GraphDef  # of the model that trains
-    plain: tuple[nnx.GraphDef, nnx.State]  # of it without LoRA, shapes only
-    lora_scale: float
+    parameters: int  # the model's number of them, without LoRA
     reference: nnx.GraphDef | None  # of the pretrained model, where the loss needs it
     optimizer: optax.GradientTransformation
     loss: Loss
@@ -106,13 +110,15 @@ def set_up(
     model.remat = config.remat
 
     plain_graph, pretrained = nnx.split(model)
-    plain = plain_graph, jax.eval_shape(lambda: pretrained)
+    parameters = sum(x.size for x in jax.tree.leaves(pretrained))
     if config.lora_rank:
         add_lora(
             model,
             config.lora_rank,
             config.lora_alpha,
             rngs=nnx.Rngs(config.seed),
+            targets=config.lora_modules,
+            dropout=config.lora_dropout,
             sharding=parameter_sharding(mesh),
         )
     kind = nnx.LoRAParam if config.lora_rank else nnx.Param
@@ -121,12 +127,10 @@ def set_up(
     if config.reference and not config.lora_rank:
         # A copy, because the training step overwrites the parameters in place.
         pretrained = jax.tree.map(jnp.copy, pretrained)
-    lora_scale = config.lora_alpha / max(1, config.lora_rank)
     measures = Measures(
         graph,
         frozen,
         (plain_graph, pretrained) if config.reference else None,
-        lora_scale=lora_scale,
         held_out=datasets.held_out,
         retained=datasets.retained,
         batch_size=rows,
@@ -172,6 +176,9 @@ def set_up(
             progress=progress,
         )
         jax.block_until_ready(importance and importance.fisher)
+    dropout_seed = None
+    if config.lora_dropout:
+        dropout_seed = jax.device_put(jnp.uint32(config.seed), replicated(mesh))
     return Run(
         config=config,
         mesh=mesh,
@@ -184,11 +191,11 @@ def set_up(
             pretrained if needed else None,
             fisher,
             None if importance is None else importance.fisher,
+            dropout_seed,
         ),
         architecture=model.config,
         graph=graph,
-        plain=plain,
-        lora_scale=lora_scale,
+        parameters=parameters,
         reference=plain_graph if soft else None,
         optimizer=transformation,
         loss=loss,
@@ -241,7 +248,7 @@ def describe(run: Run) -> dict[str, Any]:
         "steps": run.steps,
         "mesh": dict(run.mesh.shape),
         "processes": jax.process_count(),
-        "parameters": sum(x.size for x in jax.tree.leaves(run.plain[1])),
+        "parameters": run.parameters,
         "trained_parameters": sum(x.size for x in jax.tree.leaves(run.state.params)),
         "records": {
             name: {

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from examples.llama.model.lora import start_dropout
 from examples.llama.model.loss import Batch, next_token_loss
 from examples.llama.model.sharding import replicated, shardings_of, state_shardings
 
@@ -31,6 +32,7 @@ class Fixed(NamedTuple):
     pretrained: nnx.State | None = None  # all parameters, as they were
     fisher: Any = None  # their Fisher information, for EWC
     importance: Any = None  # that of the trained ones, which divides steps
+    dropout_seed: jax.Array | None = None  # uint32 [], of LoRA's dropout, if any
 
 
 def init_state(
@@ -67,13 +69,20 @@ def make_step(
     `project` the function takes a sequence of other batches as well, and the gradient
     is `project(gradient, theirs)`.
 
+    What LoRA's dropout drops depends on `Fixed.dropout_seed`, the step and the part
+    alone, so that a resumed run drops the same.
+
     Metrics: "loss" (nats per counted token), "gradient_norm" (not clipped),
     "learning_rate", and "tokens", the real ones, counted or not.
     """
 
-    def loss_sum(params: nnx.State, fixed: Fixed, part: Batch) -> Any:
+    def loss_sum(
+        params: nnx.State, fixed: Fixed, part: Batch, key: jax.Array | None
+    ) -> Any:
         # A copy: under nnx.remat the frozen variables may not be those of outside.
         model = nnx.merge(graph, params, fixed.frozen, copy=True)
+        if key is not None:
+            start_dropout(model, key)
         pretrained = None
         if reference is not None:
             pretrained = nnx.merge(reference, fixed.pretrained)
@@ -81,28 +90,32 @@ def make_step(
 
     differentiate = jax.value_and_grad(loss_sum, has_aux=True)
 
-    def mean_gradient(params: nnx.State, fixed: Fixed, batch: Batch) -> Any:
+    def mean_gradient(
+        params: nnx.State, fixed: Fixed, batch: Batch, key: jax.Array | None
+    ) -> Any:
         """The loss per counted token, and its gradient."""
+        count = batch["tokens"].shape[0]
+        parts = batch, None if key is None else jax.random.split(key, count)
 
-        def add(carry: Any, part: Batch) -> Any:
-            found = differentiate(params, fixed, part)
+        def add(carry: Any, part: tuple[Batch, jax.Array | None]) -> Any:
+            found = differentiate(params, fixed, *part)
             return optax.tree.add(carry, found), None
 
-        if batch["tokens"].shape[0] == 1:
-            sums = differentiate(params, fixed, jax.tree.map(lambda x: x[0], batch))
+        if count == 1:
+            sums = differentiate(params, fixed, *jax.tree.map(lambda x: x[0], parts))
         else:
             # In float32, whatever the gradients' precision.
             start = jnp.float32(0), jnp.float32(0)
             zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
-            sums, _ = jax.lax.scan(add, (start, zeros), batch)
-        (total, count), gradients = sums
-        count = jnp.maximum(count, 1)
+            sums, _ = jax.lax.scan(add, (start, zeros), parts)
+        (total, tokens), gradients = sums
+        tokens = jnp.maximum(tokens, 1)
         gradients = jax.tree.map(
-            lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype),
+            lambda g, p: (g / tokens.astype(g.dtype)).astype(p.dtype),
             gradients,
             params,
         )
-        return total / count, gradients
+        return total / tokens, gradients
 
     def train_step(
         state: TrainState,
@@ -111,11 +124,17 @@ def make_step(
         batch: Batch,
         others: Sequence[Batch] = (),
     ) -> Any:
-        params = state.params
-        value, gradients = mean_gradient(params, fixed, batch)
+        params, batches = state.params, [batch, *others]
+        keys: Any = [None] * len(batches)
+        if fixed.dropout_seed is not None:
+            key = jax.random.fold_in(jax.random.key(fixed.dropout_seed), state.step)
+            keys = jax.random.split(key, len(batches))
+        (value, gradients), *theirs = (
+            mean_gradient(params, fixed, part, keys[i])
+            for i, part in enumerate(batches)
+        )
         if project is not None:
-            theirs = [mean_gradient(params, fixed, other)[1] for other in others]
-            gradients = project(gradients, theirs)
+            gradients = project(gradients, [gradient for _, gradient in theirs])
         extra = {
             "learning_rate": learning_rate,
             "value": value,

@@ -105,6 +105,9 @@ def test_gem_and_seeds_of_each_task(world, tmp_path):
     assert (first.seed, second.seed) == (5, 6)
     assert (first.gem, second.gem) == ((), (str(world[0] / "first/train.json"),))
     assert first.epochs == 20 and second.eval_data == str(world[0] / "second/eval.json")
+    # The second task begins at the whole model of the first.
+    lora = sequence.task_config(args, [*flags, "--lora-rank=2"], tasks, 0)
+    assert lora.lora_merge and not first.lora_merge
 
 
 def test_ewc_on_what_all_earlier_tasks_need(world, tmp_path):

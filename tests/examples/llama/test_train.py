@@ -18,6 +18,7 @@ from tqdm import tqdm
 from examples import terminal
 from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.checkpoints.loading import load_model
+from examples.llama.checkpoints.safetensors_files import read_header
 from examples.llama.model.generation import generate
 from examples.llama.text.rows import load_dataset, load_text, training_batches
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
@@ -209,6 +210,7 @@ def test_sample_answers(files, run):
 
 def test_lora(files, run):
     changes = {"lora_rank": 2, "lora_alpha": 8.0, "batch_size": 8, "steps": 10}
+    changes |= {"lora_dropout": 0.1, "lora_merge": True, "report": True}
     output, result = run("lora", remat="dots", **changes)
     facts = json.loads((output / "run.json").read_text())
     assert facts["trained_parameters"] < 0.3 * facts["parameters"]
@@ -221,6 +223,34 @@ def test_lora(files, run):
     pretrained = tensors_of(files["model"])
     same = {n for n, x in tensors_of(output / "model").items() if x == pretrained[n]}
     assert same == {n for n in pretrained if "norm" in n or "embed" in n}
+    # The adapter beside it is the same, not merged.
+    adapter = load_model(files["model"], adapter=output / "adapter")
+    losses, _ = losses_by_hand(adapter, held_out)
+    assert result["after"]["eval_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    settings = json.loads((output / "adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(files["model"].resolve())
+    assert settings["lora_dropout"] == 0.1 and (settings["r"], settings["lora_alpha"])
+    assert (output / "adapter/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "down_proj"])
+def test_lora_of_some_projections(files, run, targets):
+    """A bfloat16 base with a MoFO filter, an importance and a penalty; no model."""
+    output, result = run(
+        f"lora {targets}", lora_rank=2, lora_targets=targets, param_dtype="bfloat16",
+        method="keep", importance_texts=4, regularize=("kl:0.1",), report=True,
+    )  # fmt: skip
+    assert result["after"]["eval_loss"] < result["before"]["eval_loss"]
+    facts = json.loads((output / "run.json").read_text())
+    kernels = 2 * 16 * 16 if targets == "q_proj,v_proj" else 24 * 16
+    touched = result["after"]["touched"] * facts["parameters"]
+    assert 0.1 * kernels < touched < 1.001 * kernels
+    assert not (output / "model").exists()
+    tensors = read_header(output / "adapter/adapter_model.safetensors")
+    assert {x.dtype for x in tensors.values()} == {"F32"}
+    assert {name.split(".")[-3] for name in tensors} == set(targets.split(","))
+    report = (output / "report.html").read_text()
+    assert "Where the metric holds still" in report
 
 
 def test_many_options_together(files, run):

@@ -197,6 +197,18 @@ BAD = [
     ({"process_id": 0}, "--process-id given without --distributed"),
     ({"warmup_steps": -1}, "warmup_steps must be 0 or above, got -1"),
     ({"lora_rank": -1}, "lora_rank must be 0 or above, got -1"),
+    (
+        {"lora_dropout": 1.0, "lora_rank": 2},
+        "lora_dropout must be 0 or above and",
+    ),
+    ({"lora_dropout": 0.1}, "lora_dropout is for LoRA: give lora_rank as well"),
+    ({"lora_targets": "q_proj"}, "lora_targets is for LoRA: give lora_rank as well"),
+    ({"lora_merge": True}, "lora_merge is for LoRA: give lora_rank as well"),
+    (
+        {"lora_targets": "q_proj,lm_head", "lora_rank": 2},
+        "lora_targets must be among all, q_proj, k_proj, v_proj, o_proj, gate_proj, "
+        "up_proj, down_proj; got 'lm_head'",
+    ),
     ({"samples": -1}, "samples must be 0 or above, got -1"),
     ({"model": Path("absent")}, "'absent'"),
     ({"tokenizer": Path("absent")}, "'absent'"),

@@ -58,9 +58,9 @@ def undisturbed(world, tmp_path_factory):
     return tensors_of(output / "model"), metrics_of(output)
 
 
-def same_as(undisturbed, output):
+def same_as(undisturbed, output, result="model"):
     tensors, metrics = undisturbed
-    assert tensors_of(output / "model") == tensors
+    assert tensors_of(output / result) == tensors
     assert metrics_of(output) == metrics
     assert json.loads((output / "result.json").read_text())["after"] == {
         name: value for name, value in metrics[-1].items() if name != "step"
@@ -126,9 +126,14 @@ def test_killed_during_a_save(world, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_rank": 2, "lora_dropout": 0.2}], ids=["whole", "lora"]
+)
 def test_killed_with_importance(world, tmp_path, changes):
-    """Before the first step, and on the way: texts and importance are kept as made."""
+    """Before the first step, and on the way: texts and importance are kept as made.
+
+    LoRA drops the same as if nothing had happened.
+    """
     changes = {"method": "keep", "importance_texts": 8} | changes
     output, other = tmp_path / "run", tmp_path / "other"
     made = output / "importance.safetensors"
@@ -147,7 +152,8 @@ def test_killed_with_importance(world, tmp_path, changes):
         (other / "importance.safetensors").read_bytes()
     }
     assert len({time for _, time in kept}) == 1
-    same_as((tensors_of(other / "model"), metrics_of(other)), output)
+    result = "adapter" if "lora_rank" in changes else "model"
+    same_as((tensors_of(other / result), metrics_of(other)), output, result)
 
 
 @pytest.mark.slow
