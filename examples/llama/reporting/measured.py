@@ -34,6 +34,16 @@ MEASURES = {
         "On the retained text. Rising is forgetting.",
         short="KL",
     ),
+    "knowledge": Measure(
+        "Knowledge kept",
+        "share of the questions right",
+        "Of questions with several choices. Falling is forgetting.",
+    ),
+    "instructions": Measure(
+        "Instructions obeyed",
+        "share of the checks",
+        "Of requests in chat form. Falling is forgetting.",
+    ),
     "distance": Measure(
         "Distance from the pretrained weights", "Euclidean norm", "Of all parameters."
     ),

@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 
 from examples.compilation import Stopwatch
 from examples.llama.checkpoints.loading import load_model
+from examples.llama.evaluation.instructions import check_instructed
+from examples.llama.evaluation.items import Items, load_items
+from examples.llama.evaluation.knowledge import Probe
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.lora import add_lora
@@ -59,6 +62,7 @@ class Run(NamedTuple):
     learning_rates: np.ndarray  # float32 [steps]
     measures: Measures
     importance: Importance | None
+    items: Items | None  # on which knowledge is measured
     preparing: float  # seconds in which texts and Fisher information were made
 
 
@@ -96,6 +100,16 @@ def set_up(
         sharding=parameter_sharding(mesh),
     )
     check_model(config, model, datasets)
+    probe = None
+    if config.knowledge is not None:
+        probe = Probe(
+            load_items(config.knowledge),
+            tokenizer,
+            mesh,
+            max_position_embeddings=model.config.max_position_embeddings,
+        )
+    if config.instructions:
+        check_instructed(tokenizer)
     # Before the model writes texts, which takes long, so that a bad file is told first.
     found = find_importance(config, nnx.state(model), mesh)
     preparing = Stopwatch()
@@ -129,6 +143,8 @@ def set_up(
         lora_scale=lora_scale,
         held_out=datasets.held_out,
         retained=datasets.retained,
+        probe=probe,
+        instructed=tokenizer if config.instructions else None,
         batch_size=rows,
         mesh=mesh,
     )
@@ -195,6 +211,7 @@ def set_up(
         learning_rates=rates,
         measures=measures,
         importance=importance,
+        items=None if probe is None else probe.items,
         preparing=preparing.seconds,
     )
 
@@ -253,6 +270,8 @@ def describe(run: Run) -> dict[str, Any]:
             for name, dataset in by_name(run.datasets).items()
         },
     }
+    if run.items is not None:
+        facts["knowledge"] = run.items.describe()
     if run.importance is not None:
         facts["fisher_information"] = run.importance.describe()
     return facts
