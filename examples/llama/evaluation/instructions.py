@@ -151,13 +151,13 @@ def check_instructed(tokenizer: Tokenizer) -> None:
 
 
 def summary(found: np.ndarray) -> dict[str, Any]:
-    """The share of checks obeyed, its 95% "interval", and the shares by "kinds"."""
+    """The share "obeyed", its 95% "interval" (Wilson's), and the shares by "kinds"."""
     kinds = {}
     for kind in dict.fromkeys(check.kind for check in CHECKS):
         of = np.array([check.kind == kind for check in CHECKS])
         kinds[kind] = {"checks": int(of.sum()), "obeyed": float(found[of].mean())}
     return {
-        "instructions": float(found.mean()),
+        "obeyed": float(found.mean()),
         "interval": interval(found),
         "kinds": kinds,
     }

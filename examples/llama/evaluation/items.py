@@ -45,6 +45,15 @@ class Items(NamedTuple):
         """The share of items that guessing gets right."""
         return sum(1 / len(item.choices) for item in self.items) / len(self.items)
 
+    def first(self, count: int | None) -> "Items":
+        """The first so many items of each relation; all of them for None."""
+        kept: list[Item] = []
+        for item in self.items:
+            before = sum(other.relation == item.relation for other in kept)
+            if count is None or before < count:
+                kept.append(item)
+        return self._replace(items=tuple(kept))
+
     def describe(self) -> dict[str, Any]:
         """What numbers depend on, for files of results."""
         text = json.dumps(self.items, ensure_ascii=False)

@@ -183,9 +183,9 @@ def summary(items: Items, right: np.ndarray) -> dict[str, Any]:
     """The share of items that are right, altogether and of each relation.
 
     Returns:
-      "knowledge", the share; its 95% "interval" (Wilson's); "relations", by name the
-      number of "items", the share "right", its "interval" and that by "chance"; and
-      what `Items.describe` says.
+      The share "right" and its 95% "interval" (Wilson's); "relations", by name the
+      number of "items", the same two and the share right by "chance"; and what
+      `Items.describe` returns.
     """
     relations = {}
     for name in dict.fromkeys(item.relation for item in items.items):
@@ -198,7 +198,7 @@ def summary(items: Items, right: np.ndarray) -> dict[str, Any]:
             "chance": part.chance,
         }
     return {
-        "knowledge": float(right.mean()),
+        "right": float(right.mean()),
         "interval": interval(right),
         "relations": relations,
         **items.describe(),

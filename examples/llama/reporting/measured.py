@@ -10,6 +10,7 @@ class Measure(NamedTuple):
     unit: str
     caption: str = ""
     short: str = ""  # for tables and axes, where it differs from the title
+    kept: bool = False  # whether falling is forgetting
 
     @property
     def name(self) -> str:
@@ -38,11 +39,13 @@ MEASURES = {
         "Knowledge kept",
         "share of the questions right",
         "Of questions with several choices. Falling is forgetting.",
+        kept=True,
     ),
     "instructions": Measure(
         "Instructions obeyed",
         "share of the checks",
         "Of requests in chat form. Falling is forgetting.",
+        kept=True,
     ),
     "distance": Measure(
         "Distance from the pretrained weights", "Euclidean norm", "Of all parameters."
