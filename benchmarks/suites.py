@@ -11,7 +11,7 @@ from benchmarks import python_functions
 from benchmarks.forgetting_methods import ABLATION, MAIN, METHODS, PARTS, Settings
 from examples.checks import check_name
 from examples.files import write_json_lines
-from examples.llama.evaluation.items import load_items
+from examples.llama.evaluation.questions import load_items
 from examples.llama.training.config import Config
 
 
@@ -129,7 +129,7 @@ class Inputs:
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on, for JSON; ValueError as of `paths`."""
-        found = {key: path.name for key, path in self.paths().items()}
+        found: dict[str, Any] = {key: path.name for key, path in self.paths().items()}
         suite = SUITES[self.suite]
         scale = suite.rate_scale if self.rate_scale is None else self.rate_scale
         names = ("steps", "batch_size", "max_length", "eval_records")

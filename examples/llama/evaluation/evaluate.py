@@ -20,9 +20,9 @@ from examples.checks import check_least, check_seed
 from examples.environment import environment
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.evaluation.harness import JaxLM
-from examples.llama.evaluation.items import load_items
 from examples.llama.evaluation.probes import measure_instructions, measure_knowledge
 from examples.llama.evaluation.probes import table as probes_table
+from examples.llama.evaluation.questions import load_items
 from examples.llama.model.llama import Llama
 from examples.llama.model.sharding import make_mesh, parameter_sharding
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path

@@ -1,8 +1,12 @@
-"""Facts of the world as items: countries, cities, elements, and words of languages.
+"""Facts of the world as items: of countries, places in them, and chemical elements.
 
 They are made from data of the packages countryinfo (MIT), Babel (BSD; CLDR's data is
 under the Unicode licence) and periodictable (public domain), which come with the extra
 "knowledge". The items depend on the packages' versions, and on nothing that is drawn.
+
+A relation is here if a small model, SmolLM2-135M-Instruct, knows clearly more of it
+than chance. It knows too little of elements by their symbols, and of words of other
+languages.
 """
 
 import hashlib
@@ -24,13 +28,15 @@ COUNTRIES = 130  # the most populous ones
 # Several capitals, or one that is new or disputed; a name that has changed; or a place
 # that not everybody counts among the countries.
 LEFT_OUT = frozenset(
-    ("BJ", "BO", "CI", "HK", "IL", "KZ", "LK", "PS", "PR", "TW", "TZ", "YE", "ZA")
+    (
+        *("BI", "BJ", "BO", "CI", "HK", "IL", "KZ", "LK", "ME", "MK"),
+        *("PR", "PS", "SZ", "TW", "TZ", "YE", "ZA"),
+    )
 )
 TWO_CONTINENTS = frozenset(("AM", "AZ", "EG", "GE", "RU", "TR"))
 DISPUTED = frozenset({"Simferopol"})
 UNCHANGED = date(2015, 1, 1), date(2025, 1, 1)  # currencies between these dates
 ELEMENTS = 94  # those that occur in nature
-LANGUAGES = ("fr", "de", "es", "it", "pt")
 ARTICLE = frozenset(("Netherlands", "Philippines", "Republic", "United"))  # "the"
 LEAK = 3  # letters in common from which on a question gives its answer away
 
@@ -51,7 +57,6 @@ class Relation(NamedTuple):
     prompt: str
     question: str
     facts: list[tuple[str, str]]  # subjects and answers
-    choices: list[str] | None = None  # by default the answers
     alike: bool = False  # whether wrong choices should begin as the right one does
 
 
@@ -63,7 +68,7 @@ def packages() -> dict[str, str]:
 
 def world_facts() -> Iterator[Item]:
     """Items of four choices each, in the order of the relations below."""
-    for relation in (*_of_countries(), *_of_elements(), *_of_words()):
+    for relation in (*_of_countries(), *_of_elements()):
         yield from _items(relation)
 
 
@@ -162,13 +167,6 @@ def _of_elements() -> Iterator[Relation]:
         alike=True,
     )
     yield Relation(
-        "element of a symbol",
-        "{} is the chemical symbol of",
-        "Which chemical element has the symbol {}?",
-        [(x.symbol, x.name) for x in elements],
-        alike=True,
-    )
-    yield Relation(
         "atomic number",
         "The atomic number of {} is",
         "What is the atomic number of {}?",
@@ -176,23 +174,9 @@ def _of_elements() -> Iterator[Relation]:
     )
 
 
-def _of_words() -> Iterator[Relation]:
-    english = Locale("en")
-    for code in LANGUAGES:
-        other, name = Locale(code), english.languages[code]
-        for kind in ("days", "months"):
-            own, names = (getattr(x, kind)["format"]["wide"] for x in (english, other))
-            yield Relation(
-                "word of another language",
-                f"The {name} word for {{}} is",
-                f"What is the {name} word for {{}}?",
-                [(own[i], names[i]) for i in own],
-            )
-
-
 def _items(relation: Relation) -> Iterator[Item]:
     """A relation's items, without those that give their answers away."""
-    answers = relation.choices or [answer for _, answer in relation.facts]
+    answers = [answer for _, answer in relation.facts]
     right: dict[str, set[str]] = {}
     for subject, answer in relation.facts:
         right.setdefault(subject, set()).add(answer)

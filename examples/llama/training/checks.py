@@ -7,7 +7,7 @@ import jax
 
 from examples.checks import check_least, check_seed, check_writable
 from examples.llama.checkpoints.fisher_files import read_origin
-from examples.llama.evaluation.items import WORLD
+from examples.llama.evaluation.questions import WORLD
 from examples.llama.model.parameters import DTypeName
 from examples.llama.text.tokenizer import tokenizer_path
 from examples.llama.training.config import METHODS, SELF, Config

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from examples.compilation import Stopwatch
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.evaluation.instructions import check_instructed
-from examples.llama.evaluation.items import Items, load_items
+from examples.llama.evaluation.items import Items
 from examples.llama.evaluation.knowledge import Probe
+from examples.llama.evaluation.questions import load_items
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.lora import add_lora

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from examples.llama.evaluation.items import load_items
+from examples.llama.evaluation.questions import load_items
 
 GOOD = {"prompt": "The sky is", "choices": ["blue", "red"], "answer": "blue"}
 
@@ -74,9 +74,7 @@ def test_world():
     assert known["The currency of Bulgaria is the"] == "lev"  # whatever came later
     assert known["The official language of Brazil is"] == "Portuguese"
     assert known["The chemical symbol of gold is"] == "Au"
-    assert known["Fe is the chemical symbol of"] == "iron"
     assert known["The atomic number of carbon is"] == "6"
-    assert known["The Spanish word for Monday is"] == "lunes"
     # The answer is in the question, or there are several.
     assert "The capital of Tunisia is" not in known
     assert "The capital of South Africa is" not in known

@@ -13,8 +13,8 @@ from flax import nnx
 from examples import compilation
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.evaluation.instructions import Check
-from examples.llama.evaluation.items import load_items
 from examples.llama.evaluation.knowledge import Probe
+from examples.llama.evaluation.questions import load_items
 from examples.llama.model.loss import next_token_loss
 from examples.llama.model.sharding import make_mesh
 from examples.llama.text.tokenizer import load_tokenizer
