@@ -13,7 +13,7 @@ def test_half_is_english_and_half_is_code():
     assert len(text) == 2 * 3000 + 3
     english, code = text[:3000], text[3002:]
     assert "statement" in english and "def " not in english[:1000]
-    assert code.startswith('"""') and "import " in code
+    assert code.startswith('"""') and "def " in general_text(12_000)[12_000:]
     assert general_text(3000) == text
 
 
