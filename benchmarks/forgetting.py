@@ -157,7 +157,10 @@ def _train(job: Job) -> dict[str, Any]:
             options["optimizer"] = method.optimizer
         if method.loss is not None:
             options["loss"] = method.loss(config)
-        measured = config.model, config.eval_data, config.retain_data, config.max_length
+        measured = (
+            *(config.model, config.eval_data, config.retain_data, config.max_length),
+            *(config.knowledge, config.instructions),
+        )
         options["before"] = _pretrained.get(measured)
         try:
             found = train(config, progress=False, **options)

@@ -25,8 +25,14 @@ COLOURS = ("#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
 LINES = {"mofo": "--", "gradient": ":", "gain": "-."}
 MARKERS = "D^vPXdp<>*"  # each curve of a group has its own
 FORGOTTEN = ("retain_loss", "kl")
+KEPT = tuple(name for name, measure in MEASURES.items() if measure.kept)
 
 Results = dict[str, Any]
+
+
+def shown(results: Results) -> list[str]:
+    """The measures of forgetting that the runs have."""
+    return [*FORGOTTEN, *(name for name in KEPT if name in results["pretrained"])]
 
 
 def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
@@ -63,8 +69,9 @@ def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
 
 def curves(results: Results, measure: str) -> dict[str, list[np.ndarray]]:
     """Each method's frontier, for all seeds that are complete."""
+    kept = measure in KEPT
     return {
-        name: [pareto_frontier(points) for points in seeds]
+        name: [pareto_frontier(points, larger_is_better=kept) for points in seeds]
         for name, seeds in measured(results, measure).items()
     }
 
@@ -105,14 +112,15 @@ def report(results: Results) -> str:
         "",
     ]
     titles = {name: (method.title,) for name, method in METHODS.items()}
-    for measure in FORGOTTEN:
+    for measure in shown(results):
         title = MEASURES[measure].name
+        less = "above" if measure in KEPT else "below"
         lines += [
             f"## {title[0].upper()}{title[1:]} at a matched held-out loss",
             "",
             "Interpolated along each method's curve, seed by seed; empty where that "
             "does not reach the loss with every seed. The gap is to AdamW of the same "
-            "seeds, below zero where less is forgotten, with its 95% bootstrap "
+            f"seeds, {less} zero where less is forgotten, with its 95% bootstrap "
             "interval over seeds.",
             "",
             *table(("method",), titles, matched(results, measure), ".3f"),
@@ -146,11 +154,13 @@ def _rate(name: str, point: Settings) -> float:
 
 def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list[str]:
     """A table of the methods' points, as they were measured."""
-    lines = [
-        "| method | setting | seeds | held-out loss | retained-text loss | KL "
-        "| distance | touched | time | preparing | both | memory |",
-        "|---" * 12 + "|",
-    ]
+    kept = [name for name in shown(results) if name in KEPT]
+    heads = (
+        *("method", "setting", "seeds", "held-out loss", "retained-text loss", "KL"),
+        *(MEASURES[name].name for name in kept),
+        *("distance", "touched", "time", "preparing", "both", "memory"),
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     runs = results["runs"]
     for name, method in METHODS.items():
         for point in method.points:
@@ -159,7 +169,7 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
                 continue
             cells = [method.title, describe(point), str(len(these))]
             if lost := sum("diverged" in run for run in these):
-                cells += [f"{lost} diverged", *8 * [""]]
+                cells += [f"{lost} diverged", *(len(heads) - 4) * [""]]
                 lines.append(f"| {' | '.join(cells)} |")
                 continue
             after = {
@@ -169,6 +179,9 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
             for key in ("eval_loss", "retain_loss", "kl"):
                 spread = np.ptp(after[key]) / 2
                 cells.append(f"{after[key].mean():.3f} ± {spread:.3f}")
+            for key in kept:
+                spread = np.ptp(after[key]) / 2
+                cells.append(f"{after[key].mean():.1%} ± {spread:.1%}")
             cells.append(f"{after['distance'].mean():.2f}")
             cells.append(f"{after['touched'].mean():.0%}")
             cells += _costs(results, name)
@@ -214,11 +227,13 @@ def plot(results: Results, image: Path) -> None:
     present = {METHODS[name].group for name in others}
     groups = [group for group in GROUPS if group in present] or GROUPS[:1]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1 + 4 * len(groups), 9), layout="constrained")
+        measures = shown(results)
+        size = 1 + 4 * len(groups), 1 + 4 * len(measures)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(
-            len(FORGOTTEN), len(groups), sharex=True, sharey="row", squeeze=False
+            len(measures), len(groups), sharex=True, sharey="row", squeeze=False
         )
-        for row, measure in zip(axes, FORGOTTEN, strict=True):
+        for row, measure in zip(axes, measures, strict=True):
             found = measured(results, measure)
             for ax, group in zip(row, groups, strict=True):
                 for name, points in found.items():
@@ -232,9 +247,12 @@ def plot(results: Results, image: Path) -> None:
                     low, high = frontiers.min(axis=0), frontiers.max(axis=0)
                     best = min(points[..., 0].min() for points in found.values())
                     low[0] = min(low[0], best)
-                    margin = 0.1 * (high - low)
+                    margin = 0.1 * (high - low) + 1e-6  # also where nothing differs
                     ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
-                    ax.set_ylim(before[measure] - margin[1], high[1] + margin[1])
+                    ends = before[measure] - margin[1], high[1] + margin[1]
+                    if measure in KEPT:  # upside down, so that lower is better here too
+                        ends = before[measure] + margin[1], low[1] - margin[1]
+                    ax.set_ylim(*ends)
             row[0].set_ylabel(MEASURES[measure].label)
         for ax, group in zip(axes[0], groups, strict=True):
             ax.set_title(group)

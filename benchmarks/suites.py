@@ -11,6 +11,7 @@ from benchmarks import python_functions
 from benchmarks.forgetting_methods import ABLATION, MAIN, METHODS, PARTS, Settings
 from examples.checks import check_name
 from examples.files import write_json_lines
+from examples.llama.evaluation.questions import load_items
 from examples.llama.training.config import Config
 
 
@@ -20,7 +21,7 @@ class Suite(NamedTuple):
     files: Settings  # by the names of the trainer's settings, in --data-dir
     methods: tuple[str, ...]
     rate_scale: float  # times the learning rates of METHODS
-    settings: Settings  # of all runs
+    settings: Settings  # of all runs; with "knowledge" or "instructions" these, too
     # Writes the data, by their names, into a directory, where they are not in files;
     # and what else than this program they depend on.
     make: Callable[[Path], None] | None = None
@@ -128,12 +129,16 @@ class Inputs:
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on, for JSON; ValueError as of `paths`."""
-        found = {key: path.name for key, path in self.paths().items()}
+        found: dict[str, Any] = {key: path.name for key, path in self.paths().items()}
         suite = SUITES[self.suite]
         scale = suite.rate_scale if self.rate_scale is None else self.rate_scale
         names = ("steps", "batch_size", "max_length", "eval_records")
         found |= {"rate_scale": scale} | {name: getattr(self, name) for name in names}
-        return found | suite.settings | suite.made_of
+        found |= suite.settings | suite.made_of
+        if (source := suite.settings.get("knowledge")) is not None:
+            # Versions of packages and a checksum too: other items, other numbers.
+            found["knowledge"] = load_items(source).describe()
+        return found
 
     def with_made_data(self, directory: Path) -> Self:
         """The same, with the data that the suite makes written to that directory."""

@@ -1,6 +1,7 @@
-"""Evaluate a Llama on tasks of lm-evaluation-harness.
+"""Evaluate a Llama on tasks of lm-evaluation-harness, on its knowledge and obedience.
 
 python -m examples.llama.evaluate --model DIR --tasks paper --allow-code-execution
+python -m examples.llama.evaluate --model DIR --knowledge world --instructions
 
 `paper` stands for the tasks on which the paper measures what was learnt and what was
 forgotten: MMLU (0-shot), HellaSwag, ARC-easy, ARC-challenge, GSM8K (5-shot) and

@@ -131,6 +131,50 @@ def test_report_and_plot(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_kept_is_better_where_it_is_higher(tmp_path):
+    """As the retained loss, with its sign changed; in the table, the plot and gaps."""
+    results = made_up()
+    for measures in (results["pretrained"], *(x["after"] for x in results["runs"])):
+        measures["knowledge"] = 1 - measures["retain_loss"] / 10
+    assert forgetting_report.shown(results) == ["retain_loss", "kl", "knowledge"]
+    lost = forgetting_report.matched(results, "retain_loss")
+    for loss, rows in forgetting_report.matched(results, "knowledge").items():
+        for name, row in rows.items():
+            assert row.mean == pytest.approx(1 - lost[loss][name].mean / 10)
+            assert row.gap == pytest.approx(-lost[loss][name].gap / 10, abs=1e-12)
+    text = forgetting_report.report(results)
+    assert "## Knowledge kept at a matched held-out loss" in text
+    assert "above zero where less is forgotten" in text
+    rows = text.splitlines()
+    head = next(x for x in rows if x.startswith("| method | setting"))
+    row = next(x for x in rows if x.startswith("| HFT | learning rate 0.0006"))
+    assert head.count("|") == row.count("|")
+    column = [x.strip() for x in head.split("|")].index("knowledge kept")
+    share = 1 - (2 + (3 - 5.8) ** 2 / 4 + 0.2) / 10
+    shown = float(row.split("|")[column].split("%")[0]) / 100
+    assert shown == pytest.approx(share, abs=2e-3)
+    forgetting_report.plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_suite_may_ask_for_knowledge(tmp_path, monkeypatch):
+    items = tmp_path / "items.jsonl"
+    item = {"prompt": "the", "choices": ["cat", "mat"], "answer": "cat"}
+    items.write_text(json.dumps(item))
+    asking = SUITES["stories260k"]._replace(settings={"knowledge": str(items)})
+    monkeypatch.setitem(SUITES, "asking", asking)
+    paths = write_files(tmp_path)
+    paths["data"] = paths["data"][0]
+    paths = {key: Path(path) for key, path in paths.items()}
+    args = Args(output=tmp_path / "x.json", suite="asking", **paths)
+    before = args.settings()["knowledge"]
+    assert before["items"] == 1
+    config = args.configuration("adamw", {}, 0, tmp_path / "x", tmp_path / "out")
+    assert config.knowledge == str(items)
+    items.write_text(json.dumps(item | {"answer": "mat"}))
+    assert args.settings()["knowledge"] != before  # so that numbers are not mixed
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_configuration(tmp_path, name):
     paths = write_files(tmp_path)

@@ -1,10 +1,13 @@
 """A model's answers: to many records at a time, or to one as it is written."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
+from examples import terminal
 from examples.llama.model.generation import (
     check_room,
     decode,
@@ -14,13 +17,18 @@ from examples.llama.model.generation import (
     prefill,
 )
 from examples.llama.model.llama import Llama
-from examples.llama.text.records import Record
+from examples.llama.text.records import Message, Record
 from examples.llama.text.templates import prompts
 from examples.llama.text.tokenizer import Tokenizer
 
 AT_ONCE = 16  # prompts continued side by side
 STEP = 32  # widths are multiples of it, so that few are compiled
 SHOWN_AT_ONCE = 4  # tokens that `write` waits for
+
+
+class Answer(NamedTuple):
+    text: str
+    ended: bool  # by an end token, not because it became too long
 
 
 def answer(
@@ -52,7 +60,51 @@ def answer(
             raise ValueError(f"{source}: expected a question and its answer")
         questions.append(Record(content[:-1], source))
     asked = [x[-max_length:] for x in prompts(questions, tokenizer, template)]
-    return complete(model, tokenizer, asked, max_new_tokens=max_new_tokens)
+    found = complete(model, tokenizer, asked, max_new_tokens=max_new_tokens)
+    return [answer.text for answer in found]
+
+
+def ask(
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int,
+    progress: str = "",
+) -> list[Answer]:
+    """The likeliest answer to each question, in chat form where there is a template.
+
+    Otherwise a question is "Question: {question}\\nAnswer:", and its answer a line.
+
+    Args:
+      model: The model.
+      tokenizer: Its tokenizer.
+      questions: What to ask, each in a conversation of its own.
+      max_new_tokens: The longest answer.
+      progress: What a bar says; none by default.
+
+    Raises:
+      ValueError: The template refuses a question; or the lengths together exceed the
+        model's positions.
+    """
+    chat = tokenizer.chat_template is not None
+    asked = prompts(
+        [
+            Record((Message("user", x),) if chat else f"Question: {x}\nAnswer:", "")
+            for x in questions
+        ],
+        tokenizer,
+        "tokenizer",
+    )
+    found = complete(
+        model, tokenizer, asked, max_new_tokens=max_new_tokens, progress=progress
+    )
+    if chat:
+        return found
+    return [
+        Answer(x.text.strip().split("\n")[0], x.ended or "\n" in x.text.strip())
+        for x in found
+    ]
 
 
 def complete(
@@ -61,7 +113,8 @@ def complete(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
-) -> list[str]:
+    progress: str = "",
+) -> list[Answer]:
     """The likeliest text after each prompt, up to an end token.
 
     Args:
@@ -69,28 +122,33 @@ def complete(
       tokenizer: Its tokenizer.
       prompts: int32 [T] each, see `text.templates.prompts`.
       max_new_tokens: The most tokens of a text.
+      progress: What a bar says; none by default.
 
     Raises:
       ValueError: The lengths together exceed the model's positions.
     """
-    texts = [""] * len(prompts)
+    answers = [Answer("", False)] * len(prompts)
     rows = min(AT_ONCE, len(prompts))
     # Of like length together, for the least padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(order), AT_ONCE):
-        chosen = order[first : first + AT_ONCE]
-        width = -(-len(prompts[chosen[-1]]) // STEP) * STEP
-        tokens, mask = left_padded([prompts[i] for i in chosen], rows, width)
-        new = generate(
-            model,
-            tokens,
-            mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_ids,
-        )
-        for i, ids in zip(chosen, np.asarray(new).tolist(), strict=False):
-            texts[i] = tokenizer.decode(tokenizer.before_end(ids))
-    return texts
+    style = terminal.bar_style()
+    with tqdm(total=len(order), desc=progress, disable=not progress, **style) as bar:
+        for first in range(0, len(order), AT_ONCE):
+            chosen = order[first : first + AT_ONCE]
+            width = -(-len(prompts[chosen[-1]]) // STEP) * STEP
+            tokens, mask = left_padded([prompts[i] for i in chosen], rows, width)
+            new = generate(
+                model,
+                tokens,
+                mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_id=tokenizer.eos_ids,
+            )
+            for i, ids in zip(chosen, np.asarray(new).tolist(), strict=False):
+                kept = tokenizer.before_end(ids)
+                answers[i] = Answer(tokenizer.decode(kept), len(kept) < len(ids))
+            bar.update(len(chosen))
+    return answers
 
 
 def write(

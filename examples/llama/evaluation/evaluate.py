@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import lm_eval
+import tyro
 from datasets.exceptions import DatasetGenerationError
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -19,8 +20,12 @@ from examples.checks import check_least, check_seed
 from examples.environment import environment
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.evaluation.harness import JaxLM
+from examples.llama.evaluation.probes import measure_instructions, measure_knowledge
+from examples.llama.evaluation.probes import table as probes_table
+from examples.llama.evaluation.questions import load_items
+from examples.llama.model.llama import Llama
 from examples.llama.model.sharding import make_mesh, parameter_sharding
-from examples.llama.text.tokenizer import load_tokenizer, tokenizer_path
+from examples.llama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 
 COMMONSENSE = ("hellaswag", "arc_easy", "arc_challenge")
 PRESETS = {"paper": ("mmlu", *COMMONSENSE, "gsm8k", "humaneval")}
@@ -46,16 +51,21 @@ class Args:
     """Directory of a PEFT adapter, for LoRA beside the model's weights."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
-    tasks: str = "paper"
+    tasks: str | None = None
     """The harness's names of tasks or groups of them, separated by commas, or "paper".
-    `lm_eval ls tasks` lists them."""
+    `lm_eval ls tasks` lists them. Default "paper", or none with one of the next two."""
+    knowledge: Annotated[str | None, tyro.conf.arg(metavar="world|FILE")] = None
+    """Questions on what the model knows, as choices and as short answers: world, those
+    that packages make, or JSON lines of your own."""
+    instructions: bool = False
+    """Count which instructions the model obeys, in chat form."""
     include_path: Path | None = None
     """Directory with task files (YAML) of your own. They may name Python functions,
     which are run."""
     num_fewshot: int | None = None
     """Examples in front of each question, instead of the tasks' own numbers."""
     limit: int | None = None
-    """Questions of each task, the first ones; all by default."""
+    """Questions of each task or kind of knowledge, the first ones; all by default."""
     apply_chat_template: bool = False
     """Ask in the form of a conversation, by the tokenizer's template."""
     batch_size: int = 16
@@ -81,25 +91,16 @@ def evaluate(args: Args) -> dict[str, Any]:
     Returns:
       What `--output` gets: "results" by task and metric, "groups", "configs" and more
       as the harness has them, "versions" of tasks; "general_abilities", see there;
-      "arguments", "device" and "packages".
+      "knowledge" and "instructions", see `probes`; "arguments", "device" and
+      "packages".
 
     Raises:
       ValueError, OSError: An argument is wrong, or a file or data set is not there.
       ImportError: A task needs a package that is not installed.
     """
     _check(args)
-    manager, names = _find_tasks(args)
-    if args.allow_code_execution:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    else:
-        for name, config in _leaves(manager, names):
-            if config is not None and config.get("unsafe_code"):
-                raise ValueError(
-                    f"tasks: {name} runs programs that the model writes, on this "
-                    "machine and with your rights; --allow-code-execution allows it"
-                )
-    # JAX has threads, which the harness's worker processes would not survive.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    tasks = _find_tasks(args)
+    items = None if args.knowledge is None else load_items(args.knowledge)
     mesh, dtype = make_mesh(args.mesh), jnp.dtype(args.dtype)
     model = load_model(
         args.model,
@@ -109,6 +110,36 @@ def evaluate(args: Args) -> dict[str, Any]:
         adapter=args.adapter,
     )
     tokenizer = load_tokenizer(args.tokenizer or args.model, model.config.vocab_size)
+    found: dict[str, Any] = {}
+    with jax.set_mesh(mesh):
+        if tasks is not None:
+            found |= _run_tasks(args, *tasks, model, tokenizer)
+        if items is not None:
+            items = items.first(args.limit)
+            found["knowledge"] = measure_knowledge(
+                model, tokenizer, items, mesh, progress=True
+            )
+        if args.instructions:
+            found["instructions"] = measure_instructions(
+                model, tokenizer, progress=True
+            )
+    return found | {
+        "arguments": dataclasses.asdict(args),
+        "device": environment()["device"],
+        "packages": environment()["versions"] | {"lm_eval": version("lm_eval")},
+    }
+
+
+def _run_tasks(
+    args: Args,
+    manager: TaskManager,
+    names: list[str],
+    model: Llama,
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    """What the harness returns, as far as it is kept, and "general_abilities"."""
+    # JAX has threads, which the harness's worker processes would not survive.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = JaxLM(
         model,
         tokenizer,
@@ -117,25 +148,21 @@ def evaluate(args: Args) -> dict[str, Any]:
         seed=args.seed,
     )
     try:
-        with jax.set_mesh(mesh):
-            found = lm_eval.simple_evaluate(
-                lm,
-                tasks=names,
-                task_manager=manager,
-                num_fewshot=args.num_fewshot,
-                limit=args.limit,
-                apply_chat_template=args.apply_chat_template,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=False,
-                confirm_run_unsafe_code=args.allow_code_execution,
-            )
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            apply_chat_template=args.apply_chat_template,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+            confirm_run_unsafe_code=args.allow_code_execution,
+        )
     except DatasetGenerationError as error:  # whose cause tells what is wrong
         raise ValueError(f"tasks: {error} of {args.tasks}: {error.__cause__}") from None
     return {key: found[key] for key in KEPT if key in found} | {
-        "general_abilities": general_abilities(found["results"]),
-        "arguments": dataclasses.asdict(args),
-        "device": environment()["device"],
-        "packages": environment()["versions"] | {"lm_eval": version("lm_eval")},
+        "general_abilities": general_abilities(found["results"])
     }
 
 
@@ -174,9 +201,29 @@ def _check(args: Args) -> None:
             raise ValueError(f"output: cannot write a file {path}")
 
 
-def _find_tasks(args: Args) -> tuple[TaskManager, list[str]]:
+def _find_tasks(args: Args) -> tuple[TaskManager, list[str]] | None:
+    """What to run, if anything; ValueError where a task is unknown or not allowed."""
+    asked = args.tasks
+    if asked is None:
+        if args.knowledge is not None or args.instructions:
+            return None
+        asked = "paper"
+    manager, names = _named_tasks(args, asked)
+    if args.allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        return manager, names
+    for name, config in _leaves(manager, names):
+        if config is not None and config.get("unsafe_code"):
+            raise ValueError(
+                f"tasks: {name} runs programs that the model writes, on this "
+                "machine and with your rights; --allow-code-execution allows it"
+            )
+    return manager, names
+
+
+def _named_tasks(args: Args, asked: str) -> tuple[TaskManager, list[str]]:
     names: dict[str, None] = {}  # a set that keeps the order
-    for name in args.tasks.split(","):
+    for name in asked.split(","):
         names |= dict.fromkeys(PRESETS.get(name.strip(), (name.strip(),)))
     path = args.include_path and str(args.include_path)
     if path:
@@ -218,6 +265,8 @@ def _leaves(
 
 def table(results: dict[str, Any]) -> str:
     """What `evaluate` returns, for a person to read."""
+    if "results" not in results:
+        return probes_table(results)
     parts = [make_table(results)]
     if "groups" in results:
         parts.append(make_table(results, "groups"))
@@ -227,4 +276,5 @@ def table(results: dict[str, Any]) -> str:
     }
     means = results["general_abilities"].items()
     parts.append("".join(f"{titles[name]}: {mean:.4f}\n" for name, mean in means))
+    parts.append(probes_table(results))
     return "\n".join(part for part in parts if part)

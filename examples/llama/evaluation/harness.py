@@ -28,8 +28,7 @@ from examples import terminal
 from examples.checks import check_least
 from examples.llama.model.generation import decode, left_padded, padded_width, prefill
 from examples.llama.model.llama import Llama
-from examples.llama.model.loss import pick
-from examples.llama.model.products import float32_einsum
+from examples.llama.model.loss import log_probabilities
 from examples.llama.text.tokenizer import Tokenizer
 
 SCORED_AT_ONCE = 256  # tokens of which logits are in memory
@@ -332,8 +331,7 @@ def _log_probabilities(
 
     places: int32 [C], indices into hidden as [B * T, D]; targets: int32 [C].
     """
-    x = hidden.reshape(-1, hidden.shape[-1])[places]
-    head = nnx.merge(graph, state).head().astype(x.dtype)
-    logits = float32_einsum("cd,dv->cv", x, head)
-    logs = pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
-    return logs, jnp.argmax(logits, axis=-1) == targets
+    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    head = nnx.merge(graph, state).head()
+    logs, first = log_probabilities(flat, head, places[None], targets[None])
+    return logs[0], first[0]

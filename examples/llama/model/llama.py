@@ -205,7 +205,7 @@ class Llama(nnx.Module):
             max_position_embeddings, the tokens are more than the cache's slots, or
             `segment_ids` come with a cache.
         """
-        x, new_cache = self._states(tokens, positions, mask, segment_ids, cache)
+        x, new_cache = self._states(tokens, positions, mask, segment_ids, None, cache)
         # Logits in bfloat16 would be off by several per cent of a probability.
         logits = float32_einsum("btd,dv->btv", x, self.head().astype(self.dtype))
         return logits if cache is None else (logits, new_cache)
@@ -217,12 +217,15 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        branch_ids: jax.Array | None = None,
     ) -> jax.Array:
         """The normed states [B, T, hidden_size] whose products with `head` are logits.
 
-        Arguments and errors as of a call.
+        With `branch_ids`, int32 [B, T], a text may go on in several ways, and what
+        comes before is computed once: a token reads those of its own branch and of
+        branch 0. Other arguments and errors are those of a call.
         """
-        return self._states(tokens, positions, mask, segment_ids, None)[0]
+        return self._states(tokens, positions, mask, segment_ids, branch_ids, None)[0]
 
     def check_length(self, max_length: int) -> None:
         """Raises ValueError where rows of `max_length` exceed the model's positions."""
@@ -244,6 +247,7 @@ class Llama(nnx.Module):
         positions: jax.Array | None,
         mask: jax.Array | None,
         segment_ids: jax.Array | None,
+        branch_ids: jax.Array | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
         batch, time = tokens.shape
@@ -264,7 +268,7 @@ class Llama(nnx.Module):
                 mask = jnp.ones((batch, time), bool)
             mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
         readable = None  # plainly causal, for which there are the fastest kernels
-        if mask is not None or segment_ids is not None:
+        if any(x is not None for x in (mask, segment_ids, branch_ids)):
             # Causal by slot, not by position: padding may shift positions.
             slots = jnp.arange(time if mask is None else mask.shape[1], dtype=jnp.int32)
             readable = (slots[None, :] <= index[:, None])[None]  # [B, T, S]
@@ -272,6 +276,9 @@ class Llama(nnx.Module):
                 readable &= mask[:, None, :]
             if segment_ids is not None:
                 readable &= segment_ids[:, :, None] == segment_ids[:, None, :]
+            if branch_ids is not None:
+                before, own = branch_ids[:, None, :], branch_ids[:, :, None]
+                readable &= (before == own) | (before == 0)
         frequencies = rope_frequencies(self.config)[None, None, :]
         angles = positions[:, :, None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]

@@ -189,6 +189,44 @@ def kl_sum(
     return jax.lax.scan(jax.checkpoint(add), jnp.float32(0), chunks)[0]
 
 
+def log_probabilities(
+    hidden: jax.Array,
+    head: jax.Array,
+    places: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[jax.Array, jax.Array]:
+    """How likely tokens are where they are predicted. Other places have no logits.
+
+    Args:
+      hidden: [B, T, D] in the compute dtype.
+      head: [D, V] in the parameters' dtype.
+      places: int32 [B, P], positions in each row of hidden; they may repeat.
+      targets: int32 [B, P], the tokens that are predicted there.
+      chunk_bytes: About the most bytes that a chunk's logits may take.
+
+    Returns:
+      float32 [B, P], the targets' log-probabilities; and bool [B, P], whether each is
+      the likeliest token.
+    """
+    kernel = head.astype(hidden.dtype)
+    x = _take(hidden, places)
+
+    def score(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        x, targets = chunk
+        logits = _logits(x, kernel)
+        logs = pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+        return logs, jnp.argmax(logits, axis=-1) == targets
+
+    def joined(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(len(x[0]), -1)[:, : targets.shape[1]]
+
+    scored = jax.lax.map(score, _chunks(chunk_bytes, head.shape[1], x, targets))
+    logs, first = map(joined, scored)
+    return logs, first
+
+
 def probe_sum(
     hidden: jax.Array,
     head: jax.Array,

@@ -10,6 +10,7 @@ class Measure(NamedTuple):
     unit: str
     caption: str = ""
     short: str = ""  # for tables and axes, where it differs from the title
+    kept: bool = False  # whether falling is forgetting
 
     @property
     def name(self) -> str:
@@ -33,6 +34,18 @@ MEASURES = {
         "nats per token",
         "On the retained text. Rising is forgetting.",
         short="KL",
+    ),
+    "knowledge": Measure(
+        "Knowledge kept",
+        "share of the questions right",
+        "Of questions with several choices. Falling is forgetting.",
+        kept=True,
+    ),
+    "instructions": Measure(
+        "Instructions obeyed",
+        "share of the checks",
+        "Of requests in chat form. Falling is forgetting.",
+        kept=True,
     ),
     "distance": Measure(
         "Distance from the pretrained weights", "Euclidean norm", "Of all parameters."

@@ -32,6 +32,7 @@ SCHEMES = (
     f"<style>svg {{ color: {INK} }} "
     "@media (prefers-color-scheme: dark) { svg { color: #e4e7eb } }</style>"
 )
+SHARES = ("knowledge", "instructions", "touched")  # measures to show in per cent
 MANY_STEPS = 50  # from here on, the loss of each batch is also shown smoothed
 MANY_LAYERS = 40  # above, a heat map has low rows without numbers
 
@@ -110,7 +111,7 @@ def draw_measure(axes: Axes, metrics: Metrics, name: str) -> None:
     steps, values = series(metrics, name)
     style = "s-" if steps.size < MANY_STEPS else "-"
     axes.plot(steps, values, style, color=ORANGE, markersize=4)
-    if name == "touched":
+    if name in SHARES:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     _finish(axes)
 

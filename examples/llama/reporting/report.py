@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from examples.files import write_bytes
 from examples.llama.reporting import plots
 from examples.llama.reporting.measured import MEASURES, Measure
-from examples.llama.reporting.plots import Metrics, significant, to_float
+from examples.llama.reporting.plots import SHARES, Metrics, significant, to_float
 
 Tensors = Mapping[str, Mapping[str, float]]  # measures by name, by tensor
 Numbers = Mapping[str, float | None]
@@ -88,7 +88,8 @@ def write_report(
         "learning_rate" and the measures. Of two lines of one step, as a restart
         leaves them, the later one counts.
       before: Measures before training, any of "eval_loss" (nats per answer token),
-        "retain_loss" and "kl" (nats per token), "distance", and "touched" (0 to 1).
+        "retain_loss" and "kl" (nats per token), "distance", and "knowledge",
+        "instructions" and "touched" (each 0 to 1).
       after: The same after it; and, where known, the "seconds" of training,
         "milliseconds_per_step", "tokens_per_second" and "mfu" (0 to 1).
       per_tensor: By parameter name ("layers.0.self_attn.q_proj.kernel"), any of
@@ -159,7 +160,7 @@ def _text(x: Any, name: str) -> str:
     """A value of the measure of that name, for a reader."""
     if math.isnan(x := to_float(x)):
         return "not finite"
-    if name in ("touched", "relative", "mfu"):
+    if name in (*SHARES, "relative", "mfu"):
         return f"{significant(100 * x)}%"
     if name == "size":
         return f"{x:,.0f}"

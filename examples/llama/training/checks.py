@@ -7,6 +7,7 @@ import jax
 
 from examples.checks import check_least, check_seed, check_writable
 from examples.llama.checkpoints.fisher_files import read_origin
+from examples.llama.evaluation.questions import WORLD
 from examples.llama.model.lora import PROJECTIONS
 from examples.llama.model.parameters import DTypeName
 from examples.llama.text.tokenizer import tokenizer_path
@@ -65,6 +66,8 @@ def check(config: Config) -> None:
         if (path := getattr(config, name)) is not None:
             path.stat()  # the error names the file
     tokenizer_path(config.tokenizer, config.model)
+    if config.knowledge not in (None, WORLD):
+        Path(config.knowledge).stat()
     mixed = (source.path for source in (*config.sources, *config.replayed))
     for path in (*mixed, *config.gem, config.eval_data, config.fisher_data):
         if path not in (None, SELF) and not path.startswith("hf:"):

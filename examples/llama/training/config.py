@@ -46,6 +46,11 @@ class Config:
     """Held-out records, in any of the same forms."""
     retain_data: Path | None = None
     """Plain text such as the model was pretrained on, on which forgetting shows."""
+    knowledge: Annotated[str | None, tyro.conf.arg(metavar="world|FILE")] = None
+    """Questions on which lost knowledge shows: world, those that packages make, or JSON
+    lines of your own. Measured at each evaluation."""
+    instructions: bool = False
+    """Measure at each evaluation how many instructions the model obeys in chat form."""
     output: Path
     """Directory for the results. One that holds an unfinished run goes on with it."""
 

@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from examples.llama.evaluation.instructions import obeyed
+from examples.llama.evaluation.knowledge import Probe
 from examples.llama.model.lora import lora_layers
 from examples.llama.model.loss import (
     Batch,
@@ -21,6 +23,7 @@ from examples.llama.model.loss import (
 from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import put_batch
 from examples.llama.text.rows import Dataset, ordered_batches
+from examples.llama.text.tokenizer import Tokenizer
 from mofo_jax import distance
 
 
@@ -32,6 +35,8 @@ class Measures:
       frozen: Its parameters that do not train.
       reference: Graph and parameters of the pretrained model, or None.
       held_out, retained: What to evaluate on, or None.
+      probe: What to ask, or None.
+      instructed: The tokenizer for instructions in chat form, or None to give none.
       batch_size: Rows at a time.
       mesh: That the parameters lie on.
     """
@@ -44,11 +49,14 @@ class Measures:
         *,
         held_out: Dataset | None,
         retained: Dataset | None,
+        probe: Probe | None,
+        instructed: Tokenizer | None,
         batch_size: int,
         mesh: Mesh,
     ):
         self._graph, self._frozen = graph, frozen
         self._reference = reference and reference[1]
+        self._probe, self._instructed = probe, instructed
         self._held_out, self._retained = held_out, retained
         self._batch_size, self._mesh = batch_size, mesh
 
@@ -87,6 +95,12 @@ class Measures:
             )
             means = self._means(self._retained, loss)
             values["retain_loss"], values["kl"] = means
+        if self._probe is not None:
+            right = self._probe.right(self._graph, params, self._frozen)
+            values["knowledge"] = float(right.mean())
+        if self._instructed is not None:
+            model = nnx.merge(self._graph, params, self._frozen)
+            values["instructions"] = float(obeyed(model, self._instructed)[0].mean())
         if self._reference is not None:
             tensors = self.per_tensor(params).values()
             squares = [tensor["distance"] ** 2 for tensor in tensors]

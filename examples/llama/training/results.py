@@ -92,7 +92,7 @@ def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:
         {
             "prompt": tokenizer.decode(prompt.tolist()),
             "expected": tokenizer.decode(text.tolist()),
-            "answer": answer,
+            "answer": answer.text,
         }
         for prompt, text, answer in zip(prompts, texts, answers, strict=True)
     ]

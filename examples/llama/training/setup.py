@@ -13,6 +13,10 @@ from jax.sharding import Mesh
 
 from examples.compilation import Stopwatch
 from examples.llama.checkpoints.loading import load_model
+from examples.llama.evaluation.instructions import check_instructed
+from examples.llama.evaluation.items import Items
+from examples.llama.evaluation.knowledge import Probe
+from examples.llama.evaluation.questions import load_items
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.lora import add_lora
@@ -63,6 +67,7 @@ class Run(NamedTuple):
     learning_rates: np.ndarray  # float32 [steps]
     measures: Measures
     importance: Importance | None
+    items: Items | None  # on which knowledge is measured
     preparing: float  # seconds in which texts and Fisher information were made
 
 
@@ -100,6 +105,16 @@ def set_up(
         sharding=parameter_sharding(mesh),
     )
     check_model(config, model, datasets)
+    probe = None
+    if config.knowledge is not None:
+        probe = Probe(
+            load_items(config.knowledge),
+            tokenizer,
+            mesh,
+            max_position_embeddings=model.config.max_position_embeddings,
+        )
+    if config.instructions:
+        check_instructed(tokenizer)
     # Before the model writes texts, which takes long, so that a bad file is told first.
     found = find_importance(config, nnx.state(model), mesh)
     preparing = Stopwatch()
@@ -133,6 +148,8 @@ def set_up(
         (plain_graph, pretrained) if config.reference else None,
         held_out=datasets.held_out,
         retained=datasets.retained,
+        probe=probe,
+        instructed=tokenizer if config.instructions else None,
         batch_size=rows,
         mesh=mesh,
     )
@@ -202,6 +219,7 @@ def set_up(
         learning_rates=rates,
         measures=measures,
         importance=importance,
+        items=None if probe is None else probe.items,
         preparing=preparing.seconds,
     )
 
@@ -260,6 +278,8 @@ def describe(run: Run) -> dict[str, Any]:
             for name, dataset in by_name(run.datasets).items()
         },
     }
+    if run.items is not None:
+        facts["knowledge"] = run.items.describe()
     if run.importance is not None:
         facts["fisher_information"] = run.importance.describe()
     return facts

@@ -163,9 +163,9 @@ def test_all_ways_to_ask(start, run, learned):
     first = [Record(record.content[:1], "here:1") for record in records]
     questions = prompts(first, learned[1], "tokenizer")
     found = complete(*learned, questions, max_new_tokens=16)
-    for text, question in zip(found, questions, strict=True):
+    for whole, question in zip(found, questions, strict=True):
         parts = list(write(*learned, question, max_new_tokens=16))
-        assert "".join(parts) == text and len(parts) > 1 and all(parts)
+        assert "".join(parts) == whole.text and len(parts) > 1 and all(parts)
         assert not any("\ufffd" in part for part in parts)
 
     # Of the model that the trainer began with.
@@ -173,7 +173,7 @@ def test_all_ways_to_ask(start, run, learned):
     room = 96 - max(map(len, questions))
     model, tokenizer = load_model(start), load_tokenizer(start)
     found = complete(model, tokenizer, questions, max_new_tokens=room)
-    assert {sample["answer"] for sample in samples} == set(found)
+    assert {sample["answer"] for sample in samples} == {x.text for x in found}
 
 
 def test_the_oldest_messages_are_dropped(endless, capsys, monkeypatch):
@@ -190,7 +190,7 @@ def test_the_oldest_messages_are_dropped(endless, capsys, monkeypatch):
         (prompt,) = prompts([longer], tokenizer, "tokenizer")
         assert len(prompt) + 8 <= 64
         (expected,) = complete(model, tokenizer, [prompt], max_new_tokens=8)
-        assert answer == expected
+        assert answer == expected.text
     assert conversation.dropped >= 2
     out, err = asked(
         capsys, "--model", endless, "--chat=-", "--max-new-tokens=8", "--system=x",
@@ -209,7 +209,8 @@ def test_an_answer_ends_with_the_context(endless):
     text = "".join(conversation.ask("a"))
     (prompt,) = prompts([Record((Message("user", "a"),), "a")], tokenizer, "tokenizer")
     room = 64 - len(prompt)
-    assert complete(model, tokenizer, [prompt], max_new_tokens=room) == [text]
+    (whole,) = complete(model, tokenizer, [prompt], max_new_tokens=room)
+    assert whole.text == text
 
 
 def test_an_answer_that_the_caller_ends(endless):

@@ -193,6 +193,42 @@ def test_papers_tasks(options, capsys):
     assert "'helaswag'; close to it are hellaswag" in err
 
 
+def test_knowledge_without_tasks(options, tmp_path, capsys):
+    items = tmp_path / "items.jsonl"
+    lines = [
+        {"prompt": "Once upon a", "choices": ["time", "house"], "answer": "time"},
+        {"prompt": "Once upon a", "choices": ["time", "big"], "answer": "big"},
+        {
+            "question": "Who was happy?",
+            "choices": ["Lily", "Ottokar"],
+            "answer": "Lily",
+            "relation": "names",
+        },
+    ]
+    items.write_text("\n".join(json.dumps(line) for line in lines))
+    folder = tmp_path / "results"
+    folder.mkdir()
+    results = run(options, folder, "--knowledge", str(items))
+    found = results["knowledge"]
+    assert found["right"] == pytest.approx(2 / 3)
+    assert found["relations"]["names"]["right"] == 1
+    assert (found["source"], found["items"]) == ("items.jsonl", 3)
+    assert found["answers"]["items"] == 1 and found["answers"]["right"] in (0, 1)
+    assert "results" not in results and "instructions" not in results
+    out, err = capsys.readouterr()
+    assert "Knowledge, choices right: 66.7% (" in out and "Short answers: 100%" in err
+    first = run(options, folder, "--knowledge", str(items), "--limit", "1")
+    assert (first["knowledge"]["items"], first["knowledge"]["right"]) == (2, 1)
+    with pytest.raises(SystemExit):
+        evaluate.main([*options, "--instructions"])
+    message = "evaluate: instructions need a tokenizer with a chat template"
+    assert capsys.readouterr().err.splitlines()[-1] == message
+    items.write_text("{}")
+    with pytest.raises(SystemExit):
+        evaluate.main([*options, "--knowledge", str(items)])
+    assert "items.jsonl, line 1: " in capsys.readouterr().err
+
+
 def test_general_abilities():
     results = {
         "mmlu": {"acc,none": 0.4, "acc_stderr,none": 0.01},

@@ -6,7 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from examples.llama.model.loss import cross_entropy_sum, kl_sum, probe_sum
+from examples.llama.model.loss import (
+    cross_entropy_sum,
+    kl_sum,
+    log_probabilities,
+    probe_sum,
+)
 
 B, T, D, V = 3, 11, 8, 37
 
@@ -53,6 +58,23 @@ def test_equals_the_plain_loss(positions, dtype, tolerance):
         assert a.dtype == b.dtype and a.shape == b.shape
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("places", [1, 3, 7])
+def test_log_probabilities(places):
+    """At places that repeat and are in any order, as a plain softmax has them."""
+    hidden, head, _, _ = inputs()
+    rng = np.random.default_rng(1)
+    where = jnp.asarray(rng.integers(T, size=(B, 7)), jnp.int32)
+    targets = jnp.asarray(rng.integers(V, size=(B, 7)), jnp.int32)
+    every = np.asarray(jax.nn.log_softmax(hidden @ head))
+    rows = np.arange(B)[:, None]
+    targets = targets.at[0, 2].set(int(every[0, where[0, 2]].argmax()))
+    size = 4 * B * V * places
+    logs, first = log_probabilities(hidden, head, where, targets, chunk_bytes=size)
+    np.testing.assert_allclose(logs, every[rows, where, targets], rtol=1e-5)
+    np.testing.assert_array_equal(first, every.argmax(-1)[rows, where] == targets)
+    assert first[0, 2]
 
 
 def test_masked_positions_count_for_nothing():

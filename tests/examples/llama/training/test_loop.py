@@ -2,14 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 from examples import compilation
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.evaluation.instructions import Check
+from examples.llama.evaluation.knowledge import Probe
+from examples.llama.evaluation.questions import load_items
 from examples.llama.model.loss import next_token_loss
+from examples.llama.model.sharding import make_mesh
+from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.loop import train
 from examples.llama.training.optimizers import scale_by_given_learning_rate
 from tests.examples.llama.runs import config_of, metrics_of, tensors_of
@@ -105,3 +113,40 @@ def test_what_a_run_costs(files, run, tmp_path):
     # Pretrained parameters and Fisher information are as large as the parameters.
     parameters = sum(len(x) for x in tensors_of(config.output / "model").values())
     assert ewc["bytes"] > plain["bytes"] + parameters
+
+
+ITEMS = [
+    {"prompt": "the cat sat on the", "choices": ["mat", "hat"], "answer": "mat"},
+    {"prompt": "1", "choices": ["a!", "b!", "ab!"], "answer": "ab!", "relation": "x"},
+]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"mesh": "fsdp=2,tensor=2"}])
+def test_knowledge_and_instructions(files, tmp_path, changes, monkeypatch):
+    checks = "examples.llama.evaluation.instructions.CHECKS"
+    monkeypatch.setattr(checks, (Check("left out", "Hi", "!"), Check("number", "Ho")))
+    monkeypatch.setattr("examples.llama.evaluation.instructions.MAX_NEW_TOKENS", 4)
+    items = tmp_path / "items.jsonl"
+    items.write_text("\n".join(json.dumps(item) for item in ITEMS))
+    model = tmp_path / "model"
+    shutil.copytree(files["model"], model)
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    output = tmp_path / "run"
+    changes = {"model": model, "steps": 2, "eval_every": 1} | changes
+    asked = {"knowledge": str(items), "instructions": True, "report": True}
+    result = train(config_of(files, output, **changes, **asked), progress=False)
+    for measures in (result["before"], result["after"]):
+        assert measures["knowledge"] in (0, 0.5, 1)
+        assert measures["instructions"] in (0, 0.5, 1)
+    plain = load_model(output / "model")
+    probe = Probe(
+        load_items(str(items)),
+        load_tokenizer(model),
+        make_mesh("fsdp=1"),
+        max_position_embeddings=64,
+    )
+    assert result["after"]["knowledge"] == probe.right(*nnx.split(plain)).mean()
+    described = json.loads((output / "run.json").read_text())["knowledge"]
+    assert described == load_items(str(items)).describe()
+    page = (output / "report.html").read_text()
+    assert "Knowledge kept" in page and "Instructions obeyed" in page
