@@ -6,6 +6,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from examples.gguf_files import is_gguf
+from examples.llama.checkpoints.gguf_model import load_gguf
 from examples.llama.checkpoints.huggingface import load_hugging_face
 from examples.llama.checkpoints.llama2c import load_llama2c
 from examples.llama.model.llama import Llama
@@ -19,7 +21,7 @@ def load_model(
     param_dtype: DTypeLike = jnp.float32,
     sharding: Sharding | None = None,
 ) -> Llama:
-    """Loads a llama2.c file or the directory of a Hugging Face checkpoint.
+    """Loads the directory of a Hugging Face checkpoint, a GGUF or a llama2.c file.
 
     Args:
       path: The file or directory.
@@ -31,7 +33,10 @@ def load_model(
 
     Raises:
       FileNotFoundError: Nothing is at `path`.
-      ValueError: It is neither of these, or it is damaged.
+      ValueError: It is none of these, or it is damaged.
     """
-    load = load_hugging_face if Path(path).is_dir() else load_llama2c
+    if Path(path).is_dir():
+        load = load_hugging_face
+    else:
+        load = load_gguf if is_gguf(path) else load_llama2c
     return load(path, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
