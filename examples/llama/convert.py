@@ -45,7 +45,7 @@ class Args:
     to: Literal["huggingface", "gguf"] = "huggingface"
     """The format to write. GGUF is for llama.cpp and Ollama."""
     output: Path
-    """The directory to write, or the .gguf file. Ollama's Modelfile goes beside that."""
+    """The directory to write, or the .gguf file, which gets a Modelfile for Ollama."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
     """Of the weights in it. With q8_0, for GGUF alone, they take 8.5 bits each."""
 

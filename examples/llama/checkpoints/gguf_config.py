@@ -104,7 +104,8 @@ def from_gguf(header: Header) -> LlamaConfig:
                 defaults[field.name] = fields["num_attention_heads"]
             value = header.get(key, kind, defaults.get(field.name))
             if kind is float:  # the shortest decimal: 1e-05, not 9.9999997e-06
-                value = float(str(np.float32(value)))
+                with np.errstate(over="ignore"):
+                    value = float(str(np.float32(value)))
             fields[field.name] = value
     keys = [f"{ARCHITECTURE}.{key}" for key in HEAD_SIZES]
     sizes = {key: header.get(key, int) for key in keys if key in header.metadata}

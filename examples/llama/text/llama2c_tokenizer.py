@@ -57,8 +57,8 @@ def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """The merges that give the same tokens as scores do, the first one first.
 
     By scores, the adjacent pair goes first whose merged token scores highest. Equal
-    scores would be a tie between the pairs of two tokens, which goes to the pair further
-    left, and merge ranks cannot do that.
+    scores would be a tie between the pairs of two tokens, which goes to the pair
+    further left, and merge ranks cannot do that.
 
     Args:
       scores: Of the ordinary tokens, which alone take part.
