@@ -21,7 +21,7 @@ from examples.llama.text.tokenizer import load_tokenizer, tokenizer_path
 @dataclasses.dataclass(kw_only=True)
 class Args:
     model: Path
-    """A directory with config.json and safetensors files, or a llama2.c checkpoint."""
+    """A directory with config.json and safetensors, or a GGUF or llama2.c file."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a llama2.c tokenizer; by default the model's own."""
     prompt: str = ""

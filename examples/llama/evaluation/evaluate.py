@@ -41,7 +41,7 @@ BOOTSTRAPS = 1000  # resamplings, for the few metrics without a formula for the 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     model: Path
-    """A Hugging Face directory (config.json, safetensors), or a llama2.c checkpoint."""
+    """A Hugging Face directory (config.json, safetensors), GGUF or llama2.c file."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
     tasks: str = "paper"

@@ -18,7 +18,6 @@ from examples.llama.checkpoints.loading import load_model
 from examples.llama.checkpoints.smollm2 import smollm2_path
 from examples.llama.convert import main
 from examples.llama.model.architectures import RopeScaling
-from examples.llama.model.generation import generate
 from examples.llama.model.llama import rope_frequencies
 from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import make_mesh, parameter_sharding
@@ -429,20 +428,15 @@ def smollm2():
 
 
 def test_smollm2(smollm2):
-    """The real one: its configuration, tokens, and a right answer."""
-    tokenizer = load_tokenizer(smollm2, 49152)
+    """The real one: its shape and tokens. Its answers are compared by `make parity`."""
+    config = from_gguf(read_header(smollm2))
+    assert config.num_hidden_layers == 30 and config.tie_word_embeddings
+    tokenizer = load_tokenizer(smollm2, config.vocab_size)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (2,))
     # The ids of the original tokenizer, which cuts numbers into digits.
     assert tokenizer.encode("Hello world! 123") == [19556, 905, 17, 216, 33, 34, 35]
     assert tokenizer.encode("  multiple   spaces") == [216, 2701, 256, 5600]
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-    assert text.startswith(
-        "<|im_start|>system\nYou are a helpful AI assistant named Smol"
-    )
-    model = load_model(smollm2)
-    assert model.config.num_hidden_layers == 30 and model.config.tie_word_embeddings
-    ids = np.array([tokenizer.encode_chat(text).ids], np.int32)
-    new = np.asarray(generate(model, ids, max_new_tokens=16, eos_id=2))[0].tolist()
-    answer = tokenizer.decode(tokenizer.before_end(new))
-    assert answer == "The capital of France is Paris."
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named")
+    assert tokenizer.encode_chat(text).ids[:2] == [1, 9690]
