@@ -261,7 +261,7 @@ def gathered(params: dict[str, jax.Array], dtype: np.dtype) -> Iterator[np.ndarr
 def _write_config(staging: Path, config: dict[str, Any], source: Path | None) -> None:
     if source is not None and is_gguf(source):
         config = config | token_ids(read_header(source))
-    elif source is not None and source.is_dir():  # a llama2.c file has none of it
+    elif source is not None and not source.is_file():  # llama2.c has none of it
         values = read_json(source / CONFIG)
         config = config | {key: values[key] for key in TOKEN_IDS if key in values}
         if (source / GENERATION_CONFIG).is_file():
