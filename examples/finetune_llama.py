@@ -37,7 +37,7 @@ from mofo_jax import all_but_norms_and_biases, mofo
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     model: Path
-    """A Hugging Face directory (config.json, safetensors), or a llama2.c checkpoint."""
+    """A Hugging Face directory (config.json, safetensors), GGUF or llama2.c file."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
     data: str

@@ -1,17 +1,25 @@
-"""Convert a llama2.c file, or a Hugging Face checkpoint, to a Hugging Face directory.
+"""Convert a model of Hugging Face, GGUF or llama2.c to one of the first two.
 
-python -m examples.llama.convert --model FILE --tokenizer FILE --output DIR
+python -m examples.llama.convert --model FILE.gguf --output DIR
+python -m examples.llama.convert --model DIR --to gguf --dtype q8_0 --output FILE.gguf
 python -m examples.llama.convert --model DIR --adapter DIR --output DIR
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import tyro
 
 from examples import terminal
-from examples.llama.checkpoints.huggingface import save_hugging_face
+from examples.checks import check_name
+from examples.llama.checkpoints.gguf_export import (
+    Kind,
+    check_gguf_destination,
+    save_gguf,
+)
+from examples.llama.checkpoints.huggingface import check_destination, save_hugging_face
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.lora import merge_lora
 from examples.llama.model.parameters import DTypeName
@@ -21,29 +29,56 @@ from examples.llama.text.tokenizer import (
     tokenizer_path,
 )
 
+# What each --dtype is called in GGUF.
+KINDS: dict[str, Kind] = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "q8_0": "Q8_0",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     model: Path
-    """A llama2.c checkpoint, or a directory of Hugging Face's."""
+    """A directory of Hugging Face's, a GGUF file or a llama2.c checkpoint."""
     tokenizer: Path | None = None
     """A llama2.c tokenizer, or a directory with tokenizer.json; else the model's."""
     adapter: Path | None = None
     """Directory of a PEFT adapter to merge into the model."""
+    to: Literal["huggingface", "gguf"] = "huggingface"
+    """The format to write. GGUF is for llama.cpp and Ollama."""
     output: Path
-    """The directory to write."""
-    dtype: DTypeName = "float32"
-    """Of the weights in it."""
+    """The directory to write, or the .gguf file, which gets a Modelfile for Ollama."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
+    """Of the weights in it. With q8_0, for GGUF alone, they take 8.5 bits each."""
 
 
 def convert(args: Args) -> None:
-    """Writes model and tokenizer as a Hugging Face directory; errors as of both."""
+    """Writes model and tokenizer.
+
+    Raises:
+      ValueError, OSError: An argument or a file is bad, or GGUF cannot express the
+        tokenizer. Nothing is written.
+    """
     path = tokenizer_path(args.tokenizer, args.model)
-    model = load_model(args.model, param_dtype=args.dtype, adapter=args.adapter)
+    if args.to == "gguf":
+        check_gguf_destination(args.output)
+    else:
+        check_name("dtype", args.dtype, get_args(DTypeName))
+        check_destination(args.output)
+    model = load_model(
+        args.model,
+        param_dtype="float32" if args.dtype == "q8_0" else args.dtype,
+        adapter=args.adapter,
+    )
     merge_lora(model)
     tokenizer = load_tokenizer(path, model.config.vocab_size)
-    save_hugging_face(model, args.output, source=args.model)
-    save_tokenizer(tokenizer, args.output)
+    if args.to == "gguf":
+        save_gguf(model, tokenizer, args.output, kind=KINDS[args.dtype])
+    else:
+        save_hugging_face(model, args.output, source=args.model)
+        save_tokenizer(tokenizer, args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

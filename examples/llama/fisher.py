@@ -30,7 +30,7 @@ from examples.llama.training.fisher import estimate_self_fisher
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     model: Path
-    """A Hugging Face directory (config.json, safetensors), or a llama2.c checkpoint."""
+    """A Hugging Face directory (config.json, safetensors), GGUF or llama2.c file."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
     output: Path

@@ -32,7 +32,7 @@ with contextlib.suppress(ImportError):
 @dataclasses.dataclass(kw_only=True)
 class Args:
     model: Path
-    """A directory with config.json and safetensors files, or a llama2.c checkpoint."""
+    """A directory with config.json and safetensors, or a GGUF or llama2.c file."""
     adapter: Path | None = None
     """Directory of a PEFT adapter, for LoRA beside the model's weights."""
     tokenizer: Path | None = None

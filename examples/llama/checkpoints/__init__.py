@@ -1,1 +1,1 @@
-"""Weights from and to files: Hugging Face's safetensors, llama2.c."""
+"""Weights from and to files: Hugging Face's safetensors, GGUF, llama2.c."""

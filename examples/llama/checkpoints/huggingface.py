@@ -8,19 +8,23 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from examples.gguf_files import is_gguf, read_header
 from examples.llama.checkpoints.directories import (
     TOKENIZER,
     check_directory,
     gathered,
     save_directory,
 )
+from examples.llama.checkpoints.gguf_config import token_ids
 from examples.llama.checkpoints.huggingface_config import (
     from_hugging_face,
     to_hugging_face,
@@ -188,9 +192,9 @@ def save_hugging_face(
         the tokenizer beside it.
       dtype: float32, bfloat16 or float16, which the weights are cast to; None keeps
         the parameters' own.
-      source: The directory that the model was loaded from, whose token ids (bos, eos,
-        pad) and generation_config.json are carried over. Without it, readers take
-        their own default, the ids of Llama 2.
+      source: The directory or file that the model was loaded from, whose token ids
+        (bos, eos, pad) and generation_config.json are carried over. Without it, and
+        from llama2.c's, readers take their own default, the ids of Llama 2.
       max_shard_bytes: Of tensors in a file; a larger tensor has a file of its own.
 
     Raises:
@@ -198,16 +202,7 @@ def save_hugging_face(
         other than a model saved here.
     """
     directory = Path(directory).resolve()
-    params = named_parameters(model)
-    plain = named_parameters(abstract_model(model.config, jnp.float32, jnp.float32)[1])
-    for name in sorted(params.keys() | plain.keys()):
-        found, expected = (
-            x[name].shape if name in x else None for x in (params, plain)
-        )
-        if found != expected:
-            raise ValueError(
-                f"model: shape of {name} is {found}, expected {expected} by its config"
-            )
+    params = plain_parameters(model)
     given = [x.dtype for x in params.values()] if dtype is None else [dtype]
     names = sorted({np.dtype(x).name for x in given})
     if len(names) > 1 or names[0] not in DTYPES:
@@ -217,11 +212,7 @@ def save_hugging_face(
         raise ValueError(f"max_shard_bytes must be 1 or above, got {max_shard_bytes}")
     stored = np.dtype(given[0])
 
-    arrays = gathered(params.values(), stored)
-    tensors = (
-        array.T if _is_kernel(name) else array
-        for name, array in zip(params, arrays, strict=True)
-    )
+    tensors = file_tensors(params, stored)
 
     def write(staging: Path) -> None:
         config = to_hugging_face(model.config) | {"torch_dtype": stored.name}
@@ -232,8 +223,32 @@ def save_hugging_face(
     save_directory(directory, tensors, write, ours=OURS, what=WHAT)
 
 
+def plain_parameters(model: Llama) -> dict[str, jax.Array]:
+    """The parameters by name; ValueError where they are not those of the config."""
+    params = named_parameters(model)
+    plain = named_parameters(abstract_model(model.config, jnp.float32, jnp.float32)[1])
+    for name in sorted(params.keys() | plain.keys()):
+        found, expected = (
+            x[name].shape if name in x else None for x in (params, plain)
+        )
+        if found != expected:
+            raise ValueError(
+                f"model: shape of {name} is {found}, expected {expected} by its config"
+            )
+    return params
+
+
+def file_tensors(params: dict[str, jax.Array], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Each parameter whole, as files have it: kernels as [out, in]."""
+    arrays = gathered(params.values(), dtype)
+    for name, array in zip(params, arrays, strict=True):
+        yield array.T if _is_kernel(name) else array
+
+
 def _write_config(staging: Path, config: dict[str, Any], source: Path | None) -> None:
-    if source is not None and not source.is_file():  # a llama2.c file has none of it
+    if source is not None and is_gguf(source):
+        config = config | token_ids(read_header(source))
+    elif source is not None and not source.is_file():  # llama2.c has none of it
         values = read_json(source / CONFIG)
         config = config | {key: values[key] for key in TOKEN_IDS if key in values}
         if (source / GENERATION_CONFIG).is_file():

@@ -146,7 +146,6 @@ def _other_format(header: bytes) -> str:
     known = {
         b"PK": "a zip archive, as torch.save writes",
         b"\x80": "a pickle",
-        b"GGUF": "GGUF",
         b"24ka": "llama2.c's version 1 or 2",
         b"{": "JSON",
     }

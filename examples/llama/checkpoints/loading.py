@@ -6,7 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from examples.gguf_files import is_gguf
 from examples.llama.checkpoints.adapter import load_adapter
+from examples.llama.checkpoints.gguf_model import load_gguf
 from examples.llama.checkpoints.huggingface import load_hugging_face
 from examples.llama.checkpoints.llama2c import load_llama2c
 from examples.llama.model.llama import Llama
@@ -21,7 +23,7 @@ def load_model(
     sharding: Sharding | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> Llama:
-    """Loads a llama2.c file or the directory of a Hugging Face checkpoint.
+    """Loads the directory of a Hugging Face checkpoint, a GGUF or a llama2.c file.
 
     Args:
       path: The file or directory.
@@ -34,10 +36,13 @@ def load_model(
 
     Raises:
       FileNotFoundError: Nothing is at `path`.
-      ValueError: It is neither of these, or it is damaged; or the adapter is, or is not
+      ValueError: It is none of these, or it is damaged; or the adapter is, or is not
         one for this model.
     """
-    load = load_hugging_face if Path(path).is_dir() else load_llama2c
+    if Path(path).is_dir():
+        load = load_hugging_face
+    else:
+        load = load_gguf if is_gguf(path) else load_llama2c
     model = load(path, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
     if adapter is not None:
         load_adapter(model, adapter, sharding=sharding)

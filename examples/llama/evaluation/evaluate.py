@@ -46,7 +46,7 @@ BOOTSTRAPS = 1000  # resamplings, for the few metrics without a formula for the 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     model: Path
-    """A Hugging Face directory (config.json, safetensors), or a llama2.c checkpoint."""
+    """A Hugging Face directory (config.json, safetensors), GGUF or llama2.c file."""
     adapter: Path | None = None
     """Directory of a PEFT adapter, for LoRA beside the model's weights."""
     tokenizer: Path | None = None

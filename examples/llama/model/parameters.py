@@ -1,7 +1,8 @@
 """A model's parameters by name: their shapes, and a model made of read ones."""
 
+import types
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,12 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's graph and its parameters' shapes and dtypes, nothing allocated."""
 
+    # nnx.Rngs counts the keys that it gave. Each count has JAX look through all of the
+    # layers before, which takes seconds for 30 of them.
+    rngs: Any = types.SimpleNamespace(params=lambda: jax.random.key(0))
+
     def create() -> Llama:
-        return Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+        return Llama(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     return nnx.split(nnx.eval_shape(create))
 

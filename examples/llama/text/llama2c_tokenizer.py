@@ -3,6 +3,7 @@
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -29,24 +30,11 @@ def load_llama2c_tokenizer(
         of tokens.
     """
     pieces, scores = _read_llama2c_tokenizer(Path(path), vocab_size)
-    # Of all adjacent pairs, the one whose merged token scores highest goes first; only
-    # ordinary tokens take part. Equal scores would be a tie between the pairs of two
-    # tokens, which llama2.c gives to the pair further left, and merge ranks cannot.
-    ordinary = set(pieces[_FIRST_PIECE:])
-    merges: list[tuple[str, str]] = []
-    merged: dict[float, str] = {}
-    for score, piece in sorted(
-        zip(scores[_FIRST_PIECE:], pieces[_FIRST_PIECE:], strict=True), reverse=True
-    ):
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        splits = [split for split in splits if ordinary.issuperset(split)]
-        if splits and merged.setdefault(score, piece) != piece:
-            raise ValueError(
-                f"{path}: tokens {merged[score]!r} and {piece!r} have the same score, "
-                f"{score}; expected distinct scores"
-            )
-        merges += splits
-
+    ordinary = zip(pieces[_FIRST_PIECE:], scores[_FIRST_PIECE:], strict=True)
+    try:
+        merges = merges_by_score(dict(ordinary))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
@@ -63,6 +51,33 @@ def load_llama2c_tokenizer(
         [AddedToken(token, normalized=False, special=True) for token in _SPECIAL]
     )
     return tokenizer
+
+
+def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges that give the same tokens as scores do, the first one first.
+
+    By scores, the adjacent pair goes first whose merged token scores highest. Equal
+    scores would be a tie between the pairs of two tokens, which goes to the pair
+    further left, and merge ranks cannot do that.
+
+    Args:
+      scores: Of the ordinary tokens, which alone take part.
+
+    Raises:
+      ValueError: Two tokens that are made by merging have the same score.
+    """
+    merges: list[tuple[str, str]] = []
+    merged: dict[float, str] = {}
+    for score, piece in sorted(((s, p) for p, s in scores.items()), reverse=True):
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        splits = [pair for pair in splits if pair[0] in scores and pair[1] in scores]
+        if splits and merged.setdefault(score, piece) != piece:
+            raise ValueError(
+                f"tokens {merged[score]!r} and {piece!r} have the same score, {score}; "
+                "expected distinct scores"
+            )
+        merges += splits
+    return merges
 
 
 def _read_llama2c_tokenizer(

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face and of llama2.c. Nothing here unpickles or runs code."""
+"""Tokenizers of Hugging Face, GGUF and llama2.c. Nothing unpickles or runs code."""
 
 import dataclasses
 import functools
@@ -13,7 +13,9 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from examples.files import write_bytes, write_json
+from examples.gguf_files import is_gguf
 from examples.llama.text.chat_template import compile_chat_template
+from examples.llama.text.gguf_tokenizer import read_gguf_tokenizer
 from examples.llama.text.huggingface_tokenizer import read_huggingface_tokenizer
 from examples.llama.text.llama2c_tokenizer import load_llama2c_tokenizer
 
@@ -218,8 +220,8 @@ def load_tokenizer(
     """Loads a tokenizer.
 
     Args:
-      path: A llama2.c tokenizer file, Hugging Face's tokenizer.json, or a directory
-        with one. Beside a tokenizer.json, tokenizer_config.json,
+      path: A GGUF file, a llama2.c tokenizer file, Hugging Face's tokenizer.json, or a
+        directory with one. Beside a tokenizer.json, tokenizer_config.json,
         special_tokens_map.json, generation_config.json and chat_template.jinja are
         read, where they exist.
       vocab_size: The model's. llama2.c's tokenizers must have as many tokens, the
@@ -233,6 +235,8 @@ def load_tokenizer(
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.json"
+    if is_gguf(path):
+        return Tokenizer(**read_gguf_tokenizer(path, vocab_size))
     if path.suffix == ".json" or path.read_bytes().lstrip().startswith(b"{"):
         return Tokenizer(**read_huggingface_tokenizer(path, vocab_size))
     backend = load_llama2c_tokenizer(path, vocab_size)
@@ -275,11 +279,13 @@ def tokenizer_path(tokenizer: Path | None, model: Path) -> Path:
 
     Raises:
       OSError: The model is not there.
-      ValueError: It is a file, which has none.
+      ValueError: It is a file of llama2.c, which has none.
     """
     if tokenizer is not None:
         return tokenizer
     model.stat()  # the error names the file
-    if not model.is_dir():
-        raise ValueError(f"tokenizer must be given, {model} is no directory")
+    if not model.is_dir() and not is_gguf(model):
+        raise ValueError(
+            f"tokenizer must be given, {model} is neither a directory nor GGUF"
+        )
     return model

@@ -36,7 +36,7 @@ class Config:
 
     # Files
     model: Path
-    """A Hugging Face directory (config.json, safetensors), or a llama2.c checkpoint."""
+    """A Hugging Face directory (config.json, safetensors), GGUF or llama2.c file."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
     data: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="FILE[:WEIGHT]")]

@@ -23,6 +23,11 @@ from examples.llama.text.records import read_records
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.parsing import parse
 from examples.llama.training.presets import PRESETS
+from tests.examples.llama.checkpoints.gguf_files import (
+    sentencepiece_metadata,
+    write_gguf,
+    write_vocabulary,
+)
 from tests.examples.llama.checkpoints.huggingface_files import CONFIG, write_checkpoint
 from tests.examples.llama.checkpoints.llama2c_files import (
     BASE,
@@ -80,6 +85,8 @@ def valid(tmp_path_factory):
     write_checkpoint(root / "model")
     write_llama2c(root / "model.bin", dim=8, hidden_dim=8, n_layers=1, n_heads=2)
     write_tokenizer(root / "tokenizer.bin", ["<unk>", *BASE, " ", "a", "b", "ab"])
+    write_gguf(root / "model.gguf", kind="Q4_1", **{"general.alignment": 64})
+    write_vocabulary(root / "sentencepiece.gguf", sentencepiece_metadata())
     records = [
         {"question": "1?", "answer": "2"},
         {"messages": [{"role": "user", "content": "a"}] * 2},
@@ -135,6 +142,21 @@ def test_llama2c_checkpoints(valid, damage):
 @given(damages())
 def test_llama2c_tokenizers(valid, damage):
     path = damaged(valid, "tokenizer.bin", damage)
+    with only_documented_errors(path.parent):
+        load_tokenizer(path).encode("abc")
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@given(damage=damages())
+def test_gguf(valid, load, damage):
+    path = damaged(valid, "model.gguf", damage)
+    with only_documented_errors(path.parent):
+        load(path)
+
+
+@given(damages())
+def test_sentencepiece_gguf(valid, damage):
+    path = damaged(valid, "sentencepiece.gguf", damage)
     with only_documented_errors(path.parent):
         load_tokenizer(path).encode("abc")
 
