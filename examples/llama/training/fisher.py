@@ -69,7 +69,7 @@ def estimate_self_fisher(
     It is that of `estimate_fisher` on the texts of `own_texts.write_texts`.
 
     Raises:
-      ValueError: The tokenizer has no bos token.
+      ValueError: See `own_texts.drawing`.
     """
     graph, params = nnx.split(model)
     gradient = _row_gradient(graph, mesh, seed)

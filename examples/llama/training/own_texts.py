@@ -1,4 +1,9 @@
-"""Texts that a pretrained model writes by itself, as tokens, rows and a file."""
+"""Texts that a pretrained model writes by itself, as tokens, rows and a file.
+
+A chat model writes conversations: it goes on from where its template has the user's
+first message, writes that, the answer, and so on. Another model goes on from its start
+token, or, where it knows none, from its end token, as in lm-evaluation-harness.
+"""
 
 import json
 from collections.abc import Sequence
@@ -30,34 +35,54 @@ def drawing(
     Args:
       model: The model.
       tokenizer: Its tokenizer.
-      length: The most tokens of a text, bos and end included.
+      length: The most tokens of a text, its start and end included.
       seed: Seed of the draws.
 
     Raises:
-      ValueError: The tokenizer has no bos token.
+      ValueError: Nothing fits in `length` behind what a text starts with.
     """
-    if tokenizer.bos_id is None:
-        raise ValueError("what the model writes needs a tokenizer with a bos token")
-    # A model of many texts may begin the next one with bos instead of an end.
-    ends = [tokenizer.bos_id, *tokenizer.eos_ids]
+    start, ends = _start_and_ends(tokenizer)
+    if length <= len(start):
+        raise ValueError(
+            f"max_length must be above {len(start)}, the tokens before what the model "
+            f"writes, got {length}"
+        )
 
-    def sample(prompts: np.ndarray, key: jax.Array) -> jax.Array:
-        return generate(
+    def sample(prompts: np.ndarray, key: jax.Array) -> np.ndarray:
+        rows = np.tile(np.array(start, np.int32), (len(prompts), 1))
+        new = generate(
             model,
-            prompts,
-            max_new_tokens=length - 1,
+            rows,
+            max_new_tokens=length - len(start),
             temperature=1.0,
             key=key,
             eos_id=ends,
         )
+        return np.concatenate([rows[:, 1:], new], axis=1)
 
     return {
         "sample": sample,
-        "bos_id": tokenizer.bos_id,
+        "bos_id": start[0],
         "end_ids": ends,
         "key": jax.random.key(seed),
         "batch_size": AT_ONCE,
     }
+
+
+def _start_and_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What each text starts with, one token or more, and the tokens that end it."""
+    if tokenizer.chat_template is not None:
+        question = {"role": "user", "content": "A question."}
+        text = tokenizer.apply_chat_template([question])
+        before, found, _ = text.partition(question["content"])
+        if found and (start := tokenizer.encode_chat(before).ids):
+            # The end of a turn is not that of the conversation.
+            ends = set(tokenizer.eos_ids) - {*tokenizer.turn_end_ids, *start}
+            return start, sorted(ends)
+    if tokenizer.bos_id is None:
+        return [tokenizer.eos_ids[0]], [*tokenizer.eos_ids]
+    # A model of many texts may begin the next one with bos instead of an end.
+    return [tokenizer.bos_id], [tokenizer.bos_id, *tokenizer.eos_ids]
 
 
 def write_texts(
@@ -69,13 +94,13 @@ def write_texts(
     seed: int,
     progress: bool = False,
 ) -> list[list[int]]:
-    """Texts drawn from a model's own distribution, from the bos token on.
+    """Texts drawn from a model's own distribution.
 
     Args:
       model: The model.
       tokenizer: Its tokenizer.
       count: How many.
-      length: The most tokens of each, bos and end included.
+      length: The most tokens of each, its start and end included.
       seed: Of the draws, on which alone they depend.
       progress: Whether to show a bar.
 
@@ -83,7 +108,7 @@ def write_texts(
       The tokens of each, 2 or more.
 
     Raises:
-      ValueError: The tokenizer has no bos token.
+      ValueError: Nothing fits in `length` behind what a text starts with.
     """
     options = drawing(model, tokenizer, length, seed)
     style = terminal.bar_style()

@@ -88,8 +88,8 @@ def add_self_replay(
     The texts of OUTPUT/self_replay.jsonl are taken where that exists.
 
     Raises:
-      ValueError: There are several processes, or the tokenizer has no bos token; or the
-        file is not what `save_texts` wrote.
+      ValueError: There are several processes, or the file is not what `save_texts`
+        wrote; or see `own_texts.drawing`.
     """
     if not config.needs_own_texts:
         return datasets
