@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 USUAL = (1e-5, 2.5e-5, 6e-5, 1.5e-4, 4e-4)
 LARGER = (3e-5, 7e-5, 1.8e-4, 4.5e-4, 1.1e-3)
 L2, EWC = (1e-2, 1e-1, 0.3, 1.0, 3.0), (1.0, 10.0, 100.0, 1e3, 1e4)  # strengths
-IN_METRIC, KEEP = (3e-5, 1e-4, 2e-4, 4e-4, 8e-4), (1e-4, 2e-4, 5e-4, 1.2e-3, 2.4e-3)
+IN_METRIC, KEEP = (2e-5, 5e-5, 1e-4, 2e-4, 4e-4), (4e-5, 1e-4, 2e-4, 5e-4, 1.2e-3)
 LARGEST = (1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3)
 
 
