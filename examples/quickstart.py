@@ -55,7 +55,7 @@ VOCABULARY = FIRSTS + SECONDS + RELATIONS + VALUES
 LEARNING_RATES = {
     "AdamW": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
     "MoFO 10%": (5e-5, 1e-4, 3e-4, 1e-3, 4e-3),
-    "keep 10%": (6e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3),
+    "keep 10%": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
 }
 MATCHED_LOSS = 0.01  # on the new facts, in nats; the methods are compared there
 FISHER_PROMPTS = 300

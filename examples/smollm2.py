@@ -48,11 +48,12 @@ class Args:
     """Passes over the records."""
     batch_size: int = 4
     """Records per step."""
-    max_length: int = 256
-    """Tokens per record."""
+    max_length: int = 200
+    """Tokens per record, and per text that the model writes for keep. The problems have
+    up to 200."""
     method: str = "keep"
     """The optimizer, as of examples.llama.train."""
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 5e-5
     """At its peak."""
     question: str = "What is the capital of France?"
     """What the model is asked before and after."""
@@ -65,11 +66,15 @@ def main(args: Args) -> dict[str, Any]:
       What `train` returns.
 
     Raises:
-      ValueError, OSError: An argument is bad, or the package is not installed.
+      ValueError, OSError: An argument is bad, the package is not installed, or the
+        output holds a finished run.
     """
     check_least("records", args.records, 1)
     if (args.data is None) != (args.eval_data is None):
         raise ValueError("data and eval_data must be given together")
+    output = args.output / args.method
+    if (output / "model").exists():
+        raise ValueError(f"{output}: holds a finished run; expected another output")
     source = smollm2_path()
     model = args.output / "pretrained"
     if not model.exists():
@@ -99,12 +104,13 @@ def main(args: Args) -> dict[str, Any]:
         epochs=args.epochs,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        importance_texts=16,
+        mesh="fsdp=1",
         eval_every=10**6,  # before and after
-        output=args.output / args.method,
+        output=output,
     )
     results = train(config)
-    print(f"report: {config.output / 'report.html'}")
-    after = _answer(config.output / "model", args.question)
+    after = _answer(output / "model", args.question)
     print(f"\n> {args.question}\nbefore: {before}\nafter:  {after}")
     return results
 
