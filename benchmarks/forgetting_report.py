@@ -209,13 +209,16 @@ def _costs(results: Results, name: str) -> list[str]:
 def _least(results: Results, name: str, what: str) -> float:
     """Of the method's runs, in that which other work has slowed the least.
 
-    Of those with as many runs at a time as the last ones had; NaN where there is none.
+    Of those on the same device as the last one, and with as many runs at a time; NaN
+    where there is none.
     """
-    workers = results["runs"][-1]["workers"]
+    last = results["runs"][-1]
     found = [
         run[what]
         for run in results["runs"]
-        if (run["method"], run["workers"]) == (name, workers) and what in run
+        if run["method"] == name
+        and all(run.get(key) == last.get(key) for key in ("device", "workers"))
+        and what in run
     ]
     return min(found, default=np.nan)
 
