@@ -26,7 +26,7 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     rates = {
         "AdamW": (3e-4, 1e-3),
         "MoFO 10%": (1e-3, 3e-3),
-        "keep 10%": (2e-3, 6e-3),
+        "keep 10%": (1e-3, 4e-3),
     }
     monkeypatch.setattr(quickstart, "LEARNING_RATES", rates)
     config = quickstart.Config(output=tmp_path / "out", steps=60)

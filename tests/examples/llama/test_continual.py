@@ -267,7 +267,7 @@ def test_flags_of_the_tasks_own(world, tmp_path):
         (["--max-length=65"], "max_length must be up to the model's 64, got 65"),
         (["--distributed"], "distributed is not for continual"),
         (["--tokenizer=tok.bin"], "tok.bin: 261 tokens, expected the model's vocab_si"),
-        (["--model=tok.bin"], "tokenizer must be given, tok.bin is no directory"),
+        (["--model=tok.bin"], "tokenizer must be given, tok.bin is neither"),
     ],
 )
 def test_flags_are_checked_before_the_first_scores(

@@ -371,5 +371,5 @@ def test_command_without_a_tokenizer(tmp_path, capsys):
     path.write_bytes(b"")
     with pytest.raises(SystemExit):
         main(["--model", str(path)])
-    expected = f"generate: tokenizer must be given, {path} is no directory\n"
-    assert capsys.readouterr().err == expected
+    expected = f"tokenizer must be given, {path} is neither a directory nor GGUF"
+    assert capsys.readouterr().err == f"generate: {expected}\n"

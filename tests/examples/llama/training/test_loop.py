@@ -121,7 +121,10 @@ ITEMS = [
 ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"mesh": "fsdp=2,tensor=2"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora_rank": 2, "lora_merge": True}, {"mesh": "fsdp=2,tensor=2"}],
+)
 def test_knowledge_and_instructions(files, tmp_path, changes, monkeypatch):
     checks = "examples.llama.evaluation.instructions.CHECKS"
     monkeypatch.setattr(checks, (Check("left out", "Hi", "!"), Check("number", "Ho")))

@@ -195,9 +195,9 @@ def step_with_importance(**changes):
 
 
 def test_steps_in_the_metric():
-    """0.003 / (F / mean F + 0.003) at first, times the learning rate."""
+    """0.01 / (F / mean F + 0.01) at first, times the learning rate."""
     relative = {name: np.asarray(x) / (35 / 16) for name, x in IMPORTANCE.items()}
-    steps = {name: 0.003 / (x + 0.003) for name, x in relative.items()}
+    steps = {name: 0.01 / (x + 0.01) for name, x in relative.items()}
     for method in ("adamw", "lion"):
         updates = step_with_importance(method=method)
         for name, step in steps.items():
