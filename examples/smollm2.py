@@ -76,6 +76,7 @@ def main(args: Args) -> dict[str, Any]:
     if (output / "model").exists():
         raise ValueError(f"{output}: holds a finished run; expected another output")
     source = smollm2_path()
+    print("With the default settings this takes some 15 minutes on two cores.")
     model = args.output / "pretrained"
     if not model.exists():
         print(f"converting {source.name}")
