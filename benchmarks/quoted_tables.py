@@ -6,10 +6,10 @@ A table is renewed where a comment above it says whose it is, as
 <!-- First table of docs/results/facts.md -->, a path from the working directory.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -17,6 +17,12 @@ from examples import terminal
 from examples.files import write_bytes
 
 QUOTED = re.compile(r"(<!-- First table of (\S+) -->\n\n)((?:\|.*\n)*)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    documents: tyro.conf.Positional[tuple[Path, ...]]
+    """Markdown files whose tables to renew."""
 
 
 def renew(text: str, directory: Path) -> str:
@@ -43,14 +49,11 @@ def renew(text: str, directory: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; errors end it with one line and exit code 2."""
-
-    def documents(paths: Annotated[tuple[Path, ...], tyro.conf.Positional], /) -> None:
-        with terminal.errors_on_one_line("quoted_tables"):
-            for path in paths:
-                write_bytes(path, renew(path.read_text(), Path()).encode())
-
     program = "python -m benchmarks.quoted_tables"
-    tyro.cli(documents, prog=program, args=argv, description=__doc__)
+    args = tyro.cli(Args, prog=program, args=argv, description=__doc__)
+    with terminal.errors_on_one_line("quoted_tables"):
+        for path in args.documents:
+            write_bytes(path, renew(path.read_text(), Path()).encode())
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Args:
     """Tokens per record, and per text that the model writes for keep. The problems have
     up to 200."""
     method: str = "keep"
-    """The optimizer, as of examples.llama.train."""
+    """The optimizer; see --method of examples.llama.train."""
     learning_rate: float = 5e-5
     """At its peak."""
     question: str = "What is the capital of France?"

@@ -34,7 +34,7 @@ class Args:
     model: Path
     """A directory with config.json and safetensors, or a GGUF or llama2.c file."""
     adapter: Path | None = None
-    """Directory of a PEFT adapter, for LoRA beside the model's weights."""
+    """Directory of a PEFT adapter to load with the model."""
     tokenizer: Path | None = None
     """A tokenizer.json, or a llama2.c tokenizer; by default the model's own."""
     prompt: str = ""

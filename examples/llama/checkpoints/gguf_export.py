@@ -30,8 +30,12 @@ from examples.llama.checkpoints.gguf_config import (
     tensor_name,
     to_gguf,
 )
-from examples.llama.checkpoints.huggingface import file_tensors, plain_parameters
 from examples.llama.checkpoints.ollama import modelfile
+from examples.llama.checkpoints.tensors import (
+    file_shapes,
+    file_tensors,
+    plain_parameters,
+)
 from examples.llama.model.llama import Llama
 from examples.llama.text.gguf_vocabulary import vocabulary_metadata
 from examples.llama.text.tokenizer import Tokenizer
@@ -87,8 +91,7 @@ def save_gguf(
     entries: list[tuple[str, tuple[int, ...], str]] = []
     if model.config.rope_scaling is not None:
         entries.append((ROPE_FACTORS, (model.config.head_size // 2,), "F32"))
-    for name, like in params.items():
-        shape = like.shape[::-1] if name.endswith(".kernel") else like.shape
+    for name, shape in file_shapes(params).items():
         entries.append((tensor_name(name), shape, _kind_of(shape, kind)))
 
     def values() -> Iterator[np.ndarray]:

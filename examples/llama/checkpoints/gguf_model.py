@@ -14,14 +14,14 @@ from examples.llama.checkpoints.gguf_config import (
     pairs_beside,
     tensor_name,
 )
+from examples.llama.checkpoints.tensors import (
+    expected_parameters,
+    file_shapes,
+    is_kernel,
+)
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
-from examples.llama.model.parameters import (
-    Sharding,
-    abstract_model,
-    build,
-    named_parameters,
-)
+from examples.llama.model.parameters import Sharding, build
 
 
 def load_gguf(
@@ -60,7 +60,7 @@ def load_gguf(
         tensor = header.tensors[tensor_name(parameter)]
         if len(tensor.shape) == 1:
             return read_rows(header.path, tensor)[0][index]
-        if not parameter.endswith(".kernel"):
+        if not is_kernel(parameter):
             return read_rows(header.path, tensor, index[0])[:, index[1]]
         columns, rows = index
         if not is_rotated(parameter):
@@ -73,11 +73,8 @@ def load_gguf(
 
 def _check(header: Header, config: LlamaConfig) -> None:
     """Raises ValueError unless the tensors are those of `config`."""
-    state = abstract_model(config, jnp.float32, jnp.float32)[1]
-    shapes = {
-        tensor_name(name): like.shape[::-1] if name.endswith("kernel") else like.shape
-        for name, like in named_parameters(state).items()
-    }
+    expected = file_shapes(expected_parameters(config))
+    shapes = {tensor_name(name): shape for name, shape in expected.items()}
     for name, shape in shapes.items():
         if name not in header.tensors:
             raise ValueError(

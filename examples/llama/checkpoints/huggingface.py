@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from examples.gguf_files import is_gguf, read_header
 from examples.llama.checkpoints.directories import (
     TOKENIZER,
     check_directory,
-    gathered,
     save_directory,
 )
 from examples.llama.checkpoints.gguf_config import token_ids
@@ -37,13 +36,18 @@ from examples.llama.checkpoints.safetensors_files import (
     read_tensor,
     write_tensors,
 )
+from examples.llama.checkpoints.tensors import (
+    expected_parameters,
+    file_shapes,
+    file_tensors,
+    is_kernel,
+    plain_parameters,
+)
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.parameters import (
     Sharding,
-    abstract_model,
     build,
-    named_parameters,
 )
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -96,7 +100,7 @@ def load_hugging_face(
     _check(path, tensors, shapes, config.tie_word_embeddings)
 
     def read(parameter: str, index: tuple[slice, ...]) -> np.ndarray:
-        kernel = _is_kernel(parameter)
+        kernel = is_kernel(parameter)
         name = tensor_name(parameter)
         part = index[::-1] if kernel else index
         piece = read_tensor(tensors[name].file, name, part)
@@ -113,15 +117,11 @@ def tensor_name(parameter: str) -> str:
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's tensors by Hugging Face's names, in our order."""
-    state = abstract_model(config, jnp.float32, jnp.float32)[1]
-    return {
-        tensor_name(name): like.shape[::-1] if _is_kernel(name) else like.shape
-        for name, like in named_parameters(state).items()
-    }
+    return _named(expected_parameters(config))
 
 
-def _is_kernel(parameter: str) -> bool:
-    return parameter.endswith(".kernel")
+def _named(params: Mapping[str, jax.Array]) -> dict[str, tuple[int, ...]]:
+    return {tensor_name(name): shape for name, shape in file_shapes(params).items()}
 
 
 def _check(
@@ -217,32 +217,10 @@ def save_hugging_face(
     def write(staging: Path) -> None:
         config = to_hugging_face(model.config) | {"torch_dtype": stored.name}
         _write_config(staging, config, None if source is None else Path(source))
-        shapes = tensor_shapes(model.config)
+        shapes = _named(params)
         write_tensors(staging, shapes, stored, tensors, max_shard_bytes)
 
     save_directory(directory, tensors, write, ours=OURS, what=WHAT)
-
-
-def plain_parameters(model: Llama) -> dict[str, jax.Array]:
-    """The parameters by name; ValueError where they are not those of the config."""
-    params = named_parameters(model)
-    plain = named_parameters(abstract_model(model.config, jnp.float32, jnp.float32)[1])
-    for name in sorted(params.keys() | plain.keys()):
-        found, expected = (
-            x[name].shape if name in x else None for x in (params, plain)
-        )
-        if found != expected:
-            raise ValueError(
-                f"model: shape of {name} is {found}, expected {expected} by its config"
-            )
-    return params
-
-
-def file_tensors(params: dict[str, jax.Array], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Each parameter whole, as files have it: kernels as [out, in]."""
-    arrays = gathered(params.values(), dtype)
-    for name, array in zip(params, arrays, strict=True):
-        yield array.T if _is_kernel(name) else array
 
 
 def _write_config(staging: Path, config: dict[str, Any], source: Path | None) -> None:

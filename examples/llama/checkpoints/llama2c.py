@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from examples.llama.checkpoints.tensors import is_kernel
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.parameters import Sharding, build
@@ -60,7 +61,7 @@ def load_llama2c(
             # Rows 2i and 2i + 1 of a head, a rotary pair, become i and i + D / 2.
             pairs = weight.reshape(-1, config.head_size // 2, 2, config.hidden_size)
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)
-        return (weight.T if parameter.endswith(".kernel") else weight)[index]
+        return (weight.T if is_kernel(parameter) else weight)[index]
 
     return build(config, read, dtype, param_dtype, sharding)
 

@@ -56,7 +56,7 @@ class Conversation:
     def ask(self, question: str) -> Generator[str]:
         """The answer to a question, in parts; see `answers.write`.
 
-        Where the caller closes the iterator, the answer ends with what was written.
+        If the caller closes the iterator early, the answer is what was written so far.
 
         Raises:
           ValueError: The question alone leaves no position for an answer, or the

@@ -48,7 +48,7 @@ class Args:
     model: Path
     """A Hugging Face directory (config.json, safetensors), GGUF or llama2.c file."""
     adapter: Path | None = None
-    """Directory of a PEFT adapter, for LoRA beside the model's weights."""
+    """Directory of a PEFT adapter to load with the model."""
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
     tasks: str | None = None

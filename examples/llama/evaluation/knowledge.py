@@ -37,8 +37,8 @@ class _Encoded(NamedTuple):
 class Probe:
     """Items as rows of tokens, several in a row, each prompt only once.
 
-    The choices go on from their prompt in branches, which do not see each other, so
-    that a prompt is computed once for all of its choices.
+    The choices continue their prompt as branches that do not see each other, so that a
+    prompt is computed once for all of its choices.
 
     Args:
       items: What to ask.
@@ -133,8 +133,8 @@ def _rows(encoded: Sequence[_Encoded]) -> dict[str, np.ndarray]:
     """All items in rows, each filled before the next begins.
 
     Returns:
-      "tokens", "positions", "segment_ids" and "branch_ids", int32 [N, L], as of
-      `Llama.hidden`; "places" and "targets", int32 [N, P], as of `log_probabilities`;
+      "tokens", "positions", "segment_ids" and "branch_ids", int32 [N, L], see
+      `Llama.hidden`; "places" and "targets", int32 [N, P], see `log_probabilities`;
       and "of", int [N, P], the number of the choice that a target belongs to, -1 where
       there is none.
     """

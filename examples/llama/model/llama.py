@@ -221,8 +221,8 @@ class Llama(nnx.Module):
     ) -> jax.Array:
         """The normed states [B, T, hidden_size] whose products with `head` are logits.
 
-        With `branch_ids`, int32 [B, T], a text may go on in several ways, and what
-        comes before is computed once: a token reads those of its own branch and of
+        With `branch_ids`, int32 [B, T], a text may continue in several ways, and
+        what comes before is computed once: a token reads those of its own branch and of
         branch 0. Other arguments and errors are those of a call.
         """
         return self._states(tokens, positions, mask, segment_ids, branch_ids, None)[0]

@@ -169,6 +169,6 @@ def _sentencepiece(
 
 
 def _grouped(merges: Iterable[Any]) -> list[tuple[str, set[tuple[str, str]]]]:
-    """The tokens that merges make, in order, and of which pairs."""
+    """Each token that is merged, in order, with the pairs that make it."""
     groups = itertools.groupby(map(tuple, merges), "".join)
     return [(token, set(pairs)) for token, pairs in groups]

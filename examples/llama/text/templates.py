@@ -49,8 +49,8 @@ def split(
       record: The record.
       tokenizer: Whose end token and template it is.
       template: Of TEMPLATES, for conversations; plain text needs none.
-      prompt: Whether a model is to go on: a conversation with its next answer, plain
-        text where it stops.
+      prompt: Whether this is a prompt: the model continues a conversation with its
+        next answer, and plain text where it stops.
 
     Raises:
       ValueError: The tokenizer's template refuses the record; the message has its
@@ -99,7 +99,7 @@ def tokenize(texts: Iterable[Pieces], tokenizer: Tokenizer) -> Iterator[Example]
 def prompts(
     records: Iterable[Record], tokenizer: Tokenizer, template: str
 ) -> list[np.ndarray]:
-    """The tokens that a model is to go on from, as it saw them in training.
+    """The tokens that a model is to continue, as it saw them in training.
 
     Args:
       records: Conversations, to be continued by an answer; or plain texts, to be

@@ -1,8 +1,8 @@
 """Texts that a pretrained model writes by itself, as tokens, rows and a file.
 
-A chat model writes conversations: it goes on from where its template has the user's
-first message, writes that, the answer, and so on. Another model goes on from its start
-token, or, where it knows none, from its end token, as in lm-evaluation-harness.
+A chat model writes conversations: it starts where its template has the user's first
+message, and writes that, the answer, and so on. Another model starts behind its start
+token, or, where it knows none, behind its end token, as in lm-evaluation-harness.
 """
 
 import json
