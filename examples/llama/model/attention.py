@@ -55,6 +55,8 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal attention, with a key/value head's query heads in one product."""
     batch, time, heads, size = q.shape
     groups = heads // k.shape[2]
+    # Here, where the numbers are fewer than the products are.
+    q = q * size**-0.5
     q = q.reshape(batch, time, -1, groups, size)
     q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
     k, v = (
@@ -75,14 +77,14 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _read(q: jax.Array, k: jax.Array, v: jax.Array, bias: np.ndarray) -> jax.Array:
-    """Softmax(q k^T / sqrt(D) + bias) v of each batch entry."""
+    """Softmax(q k^T + bias) v of each batch entry."""
     return _forward(q, k, v, bias)[0]
 
 
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: np.ndarray
 ) -> tuple[jax.Array, _Kept]:
-    scores = float32_einsum("bth,bsh->bts", q, k) * q.shape[-1] ** -0.5 + bias
+    scores = float32_einsum("bth,bsh->bts", q, k) + bias
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Divided after the product, where the numbers are fewer.
     scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
@@ -98,11 +100,15 @@ def _backward(
     mean = jnp.sum(scaled * y, axis=-1, keepdims=True)
     scaled = scaled.astype(q.dtype)
     of_weights = float32_einsum("bth,bsh->bts", scaled, v)
-    of_scores = weights * (of_weights - mean) * q.shape[-1] ** -0.5
-    of_scores = of_scores.astype(q.dtype)
+    of_scores = (weights * (of_weights - mean)).astype(q.dtype)
     of_q = float32_einsum("bts,bsh->bth", of_scores, k)
-    of_k = float32_einsum("bts,bth->bsh", of_scores, q)
-    of_v = float32_einsum("bts,bth->bsh", weights.astype(v.dtype), scaled)
+    # The short axis D first: as [S, D] these products take three times as long, which
+    # XLA would make of them but for the barrier.
+    of_k = float32_einsum("bth,bts->bhs", q, of_scores)
+    of_v = float32_einsum("bth,bts->bhs", scaled, weights.astype(v.dtype))
+    of_k, of_v = (
+        x.transpose(0, 2, 1) for x in jax.lax.optimization_barrier((of_k, of_v))
+    )
     return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
 
 
