@@ -4,6 +4,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.forgetting_losses import eaft, flow
+from benchmarks.forgetting_metrics import (
+    fatigue,
+    kronecker,
+    refreshed,
+    scored,
+    second_order,
+    texts_at,
+)
 from benchmarks.forgetting_optimizers import (
     by_leaf,
     finch,
@@ -198,12 +206,18 @@ METHODS |= {
     "texts-8": _part("8 texts", importance_texts=8),
     "texts-128": _part("128 texts", importance_texts=128),
     "texts-512": _part("512 texts", importance_texts=512),
+    "cooler": _part("texts at temperature 0.7", texts_at(0.7)),
+    "likeliest": _part("the likeliest text alone", texts_at(0.0)),
+    "refreshed": _part("dense F, made anew halfway", refreshed),
+    "kronecker": _part("Kronecker factors of F", kronecker),
     "alpha-1": _part("alpha 1%", alpha=0.01),
     "alpha-3": _part("alpha 3%", alpha=0.03),
     "alpha-30": _part("alpha 30%", alpha=0.3),
     "alpha-100": _part("all that descends", alpha=1.0),
     "by-momentum": _part("filter by momentum", method="mofo", importance="self"),
     "by-gradient": _part("filter by gradient", method="gradient", importance="self"),
+    "second-order": _part("gain less predicted forgetting", scored(second_order)),
+    "fatigue": _part("gain less where much moved", scored(fatigue)),
     "quarter": _part("v^(1/4)", keep_partially_adaptive),
     "oracle": Method(
         "oracle: momentum, the whole matrix F", ADAMW, WIDE, PARTS, oracle

@@ -89,16 +89,20 @@ def keep_with(
             return found
         return jax.tree.map(change, found, is_leaf=_is_factored)
 
-    def make(config: Config) -> optax.GradientTransformation:
-        keep = scale_by_mofo(
-            config.alpha,
-            score="gain",
-            precondition=in_metric(changed, **options),
-            filter_mask=all_but_norms_and_biases,
-        )
-        return optax.chain(keep, scale_by_given_learning_rate())
+    return lambda config: keep_in(in_metric(changed, **options), config)
 
-    return make
+
+def keep_in(
+    metric: optax.GradientTransformation, config: Config
+) -> optax.GradientTransformation:
+    """The method keep, its steps changed by something else than `in_metric`."""
+    keep = scale_by_mofo(
+        config.alpha,
+        score="gain",
+        precondition=metric,
+        filter_mask=all_but_norms_and_biases,
+    )
+    return optax.chain(keep, scale_by_given_learning_rate())
 
 
 def keep_partially_adaptive(config: Config) -> optax.GradientTransformation:

@@ -14,13 +14,11 @@ import optax
 from flax import nnx
 
 from benchmarks.forgetting_losses import predictions
+from benchmarks.forgetting_metrics import own_texts
 from benchmarks.forgetting_optimizers import at_unit_scale
-from examples.llama.checkpoints.loading import load_model
 from examples.llama.text.rows import ordered_batches
-from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.config import Config
 from examples.llama.training.optimizers import scale_by_given_learning_rate
-from examples.llama.training.own_texts import text_rows, write_texts
 
 TEXTS, LENGTH = 8, 128  # that the pretrained model writes
 ITERATIONS = 10  # of conjugate gradients, in each step
@@ -33,10 +31,7 @@ def oracle(config: Config) -> optax.GradientTransformation:
 
     Solves (F + damping * mean diag F) step = momentum, as far as the iterations go.
     """
-    model = load_model(config.model)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    texts = write_texts(model, tokenizer, TEXTS, LENGTH, seed=config.seed)
-    rows = text_rows(texts, LENGTH, tokenizer.pad_id)
+    model, rows = own_texts(config, TEXTS, LENGTH)
     batch = next(ordered_batches(rows, TEXTS))
     graph, pretrained = nnx.split(model)
 

@@ -40,7 +40,7 @@ def estimate_fisher(
     are possible, not only of those in the rows. The seed is that of the random signs of
     `fisher_probe`.
     """
-    gradient = _row_gradient(graph, mesh, seed)
+    gradient = row_gradient(graph, mesh, seed)
     rows = itertools.islice(ordered_batches(dataset, 1), count)
     with _bar(min(count, len(dataset)), progress) as bar:
 
@@ -72,7 +72,7 @@ def estimate_self_fisher(
       ValueError: See `own_texts.drawing`.
     """
     graph, params = nnx.split(model)
-    gradient = _row_gradient(graph, mesh, seed)
+    gradient = row_gradient(graph, mesh, seed)
     options = drawing(model, tokenizer, length, seed)
     draw = options.pop("sample")
 
@@ -108,10 +108,32 @@ def _bar(total: int, progress: bool) -> Any:
     return tqdm(total=total, desc="Fisher information", disable=not progress, **style)
 
 
-def _row_gradient(
+def row_gradient(
     graph: nnx.GraphDef, mesh: Mesh, seed: int
 ) -> Callable[[nnx.State, Batch], nnx.State]:
-    """What `fisher_diagonal` squares, of one row after another, each a batch of one."""
+    """What `fisher_diagonal` squares, of one row after another, each a batch of one.
+
+    The seed is that of the random signs of `fisher_probe`.
+    """
+
+    gradient = probe_gradient(graph)
+    rows = itertools.count()
+    first = jax.random.fold_in(jax.random.key(seed), _SIGNS)
+
+    def on_mesh(params: nnx.State, row: Batch) -> nnx.State:
+        # A row goes to all devices, of which each has its part of the parameters.
+        key = jax.random.fold_in(first, next(rows))
+        placed = jax.device_put((row, key), replicated(mesh))
+        with jax.numpy_dtype_promotion("standard"):  # as in compile_step
+            return gradient(params, *placed)
+
+    return on_mesh
+
+
+def probe_gradient(
+    graph: nnx.GraphDef,
+) -> Callable[[nnx.State, dict[str, jax.Array], jax.Array], nnx.State]:
+    """The gradient of `fisher_probe` of a batch of one row, by parameters and key."""
 
     @jax.jit
     def gradient(
@@ -124,17 +146,7 @@ def _row_gradient(
 
         return jax.grad(probe)(params)
 
-    rows = itertools.count()
-    first = jax.random.fold_in(jax.random.key(seed), _SIGNS)
-
-    def on_mesh(params: nnx.State, row: Batch) -> nnx.State:
-        # A row goes to all devices, of which each has its part of the parameters.
-        key = jax.random.fold_in(first, next(rows))
-        placed = jax.device_put((row, key), replicated(mesh))
-        with jax.numpy_dtype_promotion("standard"):  # as in compile_step
-            return gradient(params, *placed)
-
-    return on_mesh
+    return gradient
 
 
 def _placed(fisher: Any, mesh: Mesh) -> Any:

@@ -28,7 +28,11 @@ FILE = "self_replay.jsonl"
 
 
 def drawing(
-    model: Llama, tokenizer: Tokenizer, length: int, seed: int
+    model: Llama,
+    tokenizer: Tokenizer,
+    length: int,
+    seed: int,
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
     """Arguments of `mofo_jax.continual.draw_texts` for a model's own texts.
 
@@ -37,6 +41,8 @@ def drawing(
       tokenizer: Its tokenizer.
       length: The most tokens of a text, its start and end included.
       seed: Seed of the draws.
+      temperature: 1 draws from the model's own distribution, less prefers what is
+        likely, 0 takes the likeliest token each time, so that all texts are the same.
 
     Raises:
       ValueError: Nothing fits in `length` behind what a text starts with.
@@ -54,7 +60,7 @@ def drawing(
             model,
             rows,
             max_new_tokens=length - len(start),
-            temperature=1.0,
+            temperature=temperature,
             key=key,
             eos_id=ends,
         )
@@ -92,9 +98,10 @@ def write_texts(
     length: int,
     *,
     seed: int,
+    temperature: float = 1.0,
     progress: bool = False,
 ) -> list[list[int]]:
-    """Texts drawn from a model's own distribution.
+    """Texts that a model draws.
 
     Args:
       model: The model.
@@ -102,6 +109,7 @@ def write_texts(
       count: How many.
       length: The most tokens of each, its start and end included.
       seed: Of the draws, on which alone they depend.
+      temperature: See `drawing`.
       progress: Whether to show a bar.
 
     Returns:
@@ -110,7 +118,7 @@ def write_texts(
     Raises:
       ValueError: Nothing fits in `length` behind what a text starts with.
     """
-    options = drawing(model, tokenizer, length, seed)
+    options = drawing(model, tokenizer, length, seed, temperature)
     style = terminal.bar_style()
     with tqdm(total=count, desc="writing", disable=not progress, **style) as bar:
         texts = draw_texts(
