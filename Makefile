@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# On Linux, huge pages: a training step on the CPU takes a quarter less time.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart smollm2 test test-fast test-slow test-notebooks test-oldest test-tunix parity docs rooms lint format clean
 
