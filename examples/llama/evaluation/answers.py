@@ -87,24 +87,30 @@ def ask(
       ValueError: The template refuses a question; or the lengths together exceed the
         model's positions.
     """
-    chat = tokenizer.chat_template is not None
-    asked = prompts(
-        [
-            Record((Message("user", x),) if chat else f"Question: {x}\nAnswer:", "")
-            for x in questions
-        ],
-        tokenizer,
-        "tokenizer",
-    )
+    asked = asked_prompts(tokenizer, questions)
     found = complete(
         model, tokenizer, asked, max_new_tokens=max_new_tokens, progress=progress
     )
-    if chat:
+    if tokenizer.chat_template is not None:
         return found
     return [
         Answer(x.text.strip().split("\n")[0], x.ended or "\n" in x.text.strip())
         for x in found
     ]
+
+
+def asked_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[np.ndarray]:
+    """The tokens of each question as `ask` puts it, int32 [T].
+
+    Raises:
+      ValueError: The template refuses a question.
+    """
+    chat = tokenizer.chat_template is not None
+    records = [
+        Record((Message("user", x),) if chat else f"Question: {x}\nAnswer:", "")
+        for x in questions
+    ]
+    return prompts(records, tokenizer, "tokenizer")
 
 
 def complete(

@@ -40,6 +40,13 @@ class Items(NamedTuple):
                 kept.append(item)
         return self._replace(items=tuple(kept))
 
+    def with_question(self, count: int | None = None) -> "Items":
+        """Those that have a question; at most so many of them, evenly from all."""
+        kept = [item for item in self.items if item.question]
+        if count is not None and count < len(kept):
+            kept = [kept[i * len(kept) // count] for i in range(count)]
+        return self._replace(items=tuple(kept))
+
     def describe(self) -> dict[str, Any]:
         """What numbers depend on, for files of results."""
         text = json.dumps(self.items, ensure_ascii=False)

@@ -1,22 +1,17 @@
 """What this project measures of a model by itself, for examples.llama.evaluate."""
 
-import re
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from examples.llama.evaluation import instructions
-from examples.llama.evaluation.answers import ask
 from examples.llama.evaluation.items import Items
 from examples.llama.evaluation.knowledge import Probe, summary
+from examples.llama.evaluation.short_answers import answered
 from examples.llama.model.llama import Llama
 from examples.llama.text.tokenizer import Tokenizer
-
-MAX_NEW_TOKENS = 24  # of a short answer
 
 
 def measure_knowledge(
@@ -33,38 +28,18 @@ def measure_knowledge(
 
     Returns:
       What `knowledge.summary` returns; and "answers", the same of the items that have
-      a question, by greedy answers in chat form (or in plain form, where the tokenizer
-      has no template), which are right if they contain the right choice.
+      a question, by `short_answers.answered`.
     """
     limit = model.config.max_position_embeddings
     probe = Probe(items, tokenizer, mesh, max_position_embeddings=limit)
     found = summary(items, probe.right(*nnx.split(model)))
-    asked = items._replace(items=tuple(item for item in items.items if item.question))
+    asked = items.with_question()
     if asked.items:
-        answers = ask(
-            model,
-            tokenizer,
-            [item.question for item in asked.items],
-            max_new_tokens=MAX_NEW_TOKENS,
-            progress="Short answers" if progress else "",
+        bar = "Short answers" if progress else ""
+        found["answers"] = summary(
+            asked, answered(model, tokenizer, asked, progress=bar)
         )
-        right = [
-            contains(answer.text, item.right)
-            for answer, item in zip(answers, asked.items, strict=True)
-        ]
-        found["answers"] = summary(asked, np.array(right))
     return found
-
-
-def contains(text: str, name: str) -> bool:
-    """Whether a text has a name in it, whatever its case, accents and punctuation."""
-    return f" {_normalized(name)} " in f" {_normalized(text)} "
-
-
-def _normalized(text: str) -> str:
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    letters = "".join(x for x in plain if not unicodedata.combining(x))
-    return " ".join(re.findall(r"\w+", letters))
 
 
 def measure_instructions(

@@ -41,6 +41,12 @@ MEASURES = {
         "Of questions with several choices. Falling is forgetting.",
         kept=True,
     ),
+    "answers": Measure(
+        "Short answers right",
+        "share of the questions",
+        "Of questions that the model answers in words. Falling is forgetting.",
+        kept=True,
+    ),
     "instructions": Measure(
         "Instructions obeyed",
         "share of the checks",

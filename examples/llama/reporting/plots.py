@@ -32,7 +32,8 @@ SCHEMES = (
     f"<style>svg {{ color: {INK} }} "
     "@media (prefers-color-scheme: dark) { svg { color: #e4e7eb } }</style>"
 )
-SHARES = ("knowledge", "instructions", "touched")  # measures to show in per cent
+# Measures to show in per cent.
+SHARES = ("knowledge", "answers", "instructions", "touched")
 MANY_STEPS = 50  # from here on, the loss of each batch is also shown smoothed
 MANY_LAYERS = 40  # above, a heat map has low rows without numbers
 

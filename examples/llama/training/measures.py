@@ -11,7 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from examples.llama.evaluation.instructions import obeyed
+from examples.llama.evaluation.items import Items
 from examples.llama.evaluation.knowledge import Probe
+from examples.llama.evaluation.short_answers import answered
 from examples.llama.model.lora import lora_layers
 from examples.llama.model.loss import (
     Batch,
@@ -35,8 +37,10 @@ class Measures:
       frozen: Its parameters that do not train.
       reference: Graph and parameters of the pretrained model, or None.
       held_out, retained: What to evaluate on, or None.
-      probe: What to ask, or None.
-      instructed: The tokenizer for instructions in chat form, or None to give none.
+      tokenizer: Of both models.
+      probe: What the model is to choose among, or None.
+      questions: What it is to answer in words, or None.
+      instructions: Whether to give it instructions.
       batch_size: Rows at a time.
       mesh: That the parameters lie on.
     """
@@ -49,14 +53,17 @@ class Measures:
         *,
         held_out: Dataset | None,
         retained: Dataset | None,
+        tokenizer: Tokenizer,
         probe: Probe | None,
-        instructed: Tokenizer | None,
+        questions: Items | None,
+        instructions: bool,
         batch_size: int,
         mesh: Mesh,
     ):
         self._graph, self._frozen = graph, frozen
         self._reference = reference and reference[1]
-        self._probe, self._instructed = probe, instructed
+        self._tokenizer, self._probe = tokenizer, probe
+        self._questions, self._instructions = questions, instructions
         self._held_out, self._retained = held_out, retained
         self._batch_size, self._mesh = batch_size, mesh
 
@@ -98,9 +105,12 @@ class Measures:
         if self._probe is not None:
             right = self._probe.right(self._graph, params, self._frozen)
             values["knowledge"] = float(right.mean())
-        if self._instructed is not None:
-            model = nnx.merge(self._graph, params, self._frozen)
-            values["instructions"] = float(obeyed(model, self._instructed)[0].mean())
+        model = nnx.merge(self._graph, params, self._frozen)
+        if self._questions is not None and self._questions.items:
+            right = answered(model, self._tokenizer, self._questions)
+            values["answers"] = float(right.mean())
+        if self._instructions:
+            values["instructions"] = float(obeyed(model, self._tokenizer)[0].mean())
         if self._reference is not None:
             tensors = self.per_tensor(params).values()
             squares = [tensor["distance"] ** 2 for tensor in tensors]

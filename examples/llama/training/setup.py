@@ -17,6 +17,7 @@ from examples.llama.evaluation.instructions import check_instructed
 from examples.llama.evaluation.items import Items
 from examples.llama.evaluation.knowledge import Probe
 from examples.llama.evaluation.questions import load_items
+from examples.llama.evaluation.short_answers import check_questions
 from examples.llama.model.architectures import LlamaConfig
 from examples.llama.model.llama import Llama
 from examples.llama.model.lora import add_lora
@@ -46,6 +47,8 @@ from examples.llama.training.optimizers import (
 from examples.llama.training.parsing import same_run
 from examples.llama.training.replay import Datasets, add_self_replay, load_data
 from examples.llama.training.steps import Fixed, Loss, TrainState, init_state
+
+QUESTIONS = 96  # that are answered in words at each evaluation, at most
 
 
 class Run(NamedTuple):
@@ -105,10 +108,13 @@ def set_up(
         sharding=parameter_sharding(mesh),
     )
     check_model(config, model, datasets)
-    probe = None
+    probe, questions = None, None
     if config.knowledge is not None:
+        items = load_items(config.knowledge)
+        questions = items.with_question(QUESTIONS)
+        check_questions(model, tokenizer, questions)
         probe = Probe(
-            load_items(config.knowledge),
+            items,
             tokenizer,
             mesh,
             max_position_embeddings=model.config.max_position_embeddings,
@@ -148,8 +154,10 @@ def set_up(
         (plain_graph, pretrained) if config.reference else None,
         held_out=datasets.held_out,
         retained=datasets.retained,
+        tokenizer=tokenizer,
         probe=probe,
-        instructed=tokenizer if config.instructions else None,
+        questions=questions,
+        instructions=config.instructions,
         batch_size=rows,
         mesh=mesh,
     )

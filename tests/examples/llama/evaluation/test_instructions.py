@@ -14,7 +14,6 @@ from examples.llama.evaluation.instructions import (
     obeyed,
     summary,
 )
-from examples.llama.evaluation.probes import contains
 from examples.llama.model.generation import generate
 from examples.llama.text.tokenizer import load_tokenizer
 
@@ -110,10 +109,3 @@ def test_instructions_of_a_model(model, tokenizer, monkeypatch):
     assert counted["kinds"]["yes or no"] == {"checks": 1, "obeyed": 0.0}
     with pytest.raises(ValueError, match="instructions need a tokenizer with a chat"):
         obeyed(model, tokenizer)
-
-
-def test_contains():
-    assert contains("The capital is Bogota, I think.", "Bogotá")
-    assert contains("It's PORT-AU-PRINCE", "Port au Prince")
-    assert not contains("Romania", "Rome")
-    assert not contains("", "Rome")

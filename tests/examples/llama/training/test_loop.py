@@ -118,6 +118,7 @@ def test_what_a_run_costs(files, run, tmp_path):
 ITEMS = [
     {"prompt": "the cat sat on the", "choices": ["mat", "hat"], "answer": "mat"},
     {"prompt": "1", "choices": ["a!", "b!", "ab!"], "answer": "ab!", "relation": "x"},
+    {"question": "1", "choices": ["!", "0"], "answer": "!"},
 ]
 
 
@@ -128,7 +129,9 @@ ITEMS = [
 def test_knowledge_and_instructions(files, tmp_path, changes, monkeypatch):
     checks = "examples.llama.evaluation.instructions.CHECKS"
     monkeypatch.setattr(checks, (Check("left out", "Hi", "!"), Check("number", "Ho")))
-    monkeypatch.setattr("examples.llama.evaluation.instructions.MAX_NEW_TOKENS", 4)
+    for name in ("instructions", "short_answers"):
+        module = f"examples.llama.evaluation.{name}"
+        monkeypatch.setattr(f"{module}.MAX_NEW_TOKENS", 4)
     items = tmp_path / "items.jsonl"
     items.write_text("\n".join(json.dumps(item) for item in ITEMS))
     model = tmp_path / "model"
@@ -139,7 +142,8 @@ def test_knowledge_and_instructions(files, tmp_path, changes, monkeypatch):
     asked = {"knowledge": str(items), "instructions": True, "report": True}
     result = train(config_of(files, output, **changes, **asked), progress=False)
     for measures in (result["before"], result["after"]):
-        assert measures["knowledge"] in (0, 0.5, 1)
+        assert 3 * measures["knowledge"] in (0, 1, 2, 3)
+        assert measures["answers"] in (0, 1)
         assert measures["instructions"] in (0, 0.5, 1)
     plain = load_model(output / "model")
     probe = Probe(
@@ -152,4 +156,5 @@ def test_knowledge_and_instructions(files, tmp_path, changes, monkeypatch):
     described = json.loads((output / "run.json").read_text())["knowledge"]
     assert described == load_items(str(items)).describe()
     page = (output / "report.html").read_text()
-    assert "Knowledge kept" in page and "Instructions obeyed" in page
+    assert "Knowledge kept" in page and "Short answers right" in page
+    assert "Instructions obeyed" in page
