@@ -15,6 +15,7 @@ from examples.llama.checkpoints.gguf_config import (
     tensor_name,
 )
 from examples.llama.checkpoints.tensors import (
+    check_tensors,
     expected_parameters,
     file_shapes,
     is_kernel,
@@ -75,22 +76,9 @@ def _check(header: Header, config: LlamaConfig) -> None:
     """Raises ValueError unless the tensors are those of `config`."""
     expected = file_shapes(expected_parameters(config))
     shapes = {tensor_name(name): shape for name, shape in expected.items()}
-    for name, shape in shapes.items():
-        if name not in header.tensors:
-            raise ValueError(
-                f"{header.path}: no tensor {name} {list(shape)}, which the metadata "
-                "call for"
-            )
-    for name, tensor in header.tensors.items():
-        if name == ROPE_FACTORS:
-            continue
-        if name not in shapes:
-            raise ValueError(
-                f"{header.path}: tensor {name} is surplus, the metadata call for no "
-                "such one"
-            )
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"{header.path}: tensor {name} has shape {list(tensor.shape)}, "
-                f"expected {list(shapes[name])} by the metadata"
-            )
+    found = {
+        name: (header.path, tensor.shape)
+        for name, tensor in header.tensors.items()
+        if name != ROPE_FACTORS
+    }
+    check_tensors(header.path, found, shapes, "the metadata")

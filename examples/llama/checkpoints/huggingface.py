@@ -37,6 +37,7 @@ from examples.llama.checkpoints.safetensors_files import (
     write_tensors,
 )
 from examples.llama.checkpoints.tensors import (
+    check_tensors,
     expected_parameters,
     file_shapes,
     file_tensors,
@@ -131,25 +132,16 @@ def _check(
     tied: bool,
 ) -> None:
     """Raises ValueError unless the tensors are those of `shapes`."""
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ValueError(
-                f"{directory}: no tensor {name} {list(shape)}, which config.json calls "
-                "for"
-            )
-    for name, (file, shape, dtype) in tensors.items():
-        if name.endswith("rotary_emb.inv_freq"):  # of the configuration, in old files
-            continue
-        expected = shapes.get(EMBEDDING if tied and name == HEAD else name)
-        if expected is None:
-            raise ValueError(
-                f"{file}: tensor {name} is surplus, config.json calls for no such one"
-            )
-        if shape != expected:
-            raise ValueError(
-                f"{file}: tensor {name} has shape {list(shape)}, expected "
-                f"{list(expected)} by config.json"
-            )
+    if tied and HEAD in tensors:
+        shapes = shapes | {HEAD: shapes[EMBEDDING]}
+    held = {  # but for what follows from the configuration, in old files
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    found = {name: (tensor.file, tensor.shape) for name, tensor in held.items()}
+    check_tensors(directory, found, shapes, "config.json")
+    for name, (file, _, dtype) in held.items():
         if dtype not in DTYPES.values():
             allowed = ", ".join(DTYPES.values())
             raise ValueError(

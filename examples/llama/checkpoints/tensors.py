@@ -1,6 +1,7 @@
 """The tensors of a Llama as files have them: kernels as [out, in], not [in, out]."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,37 @@ def file_shapes(params: Mapping[str, jax.Array]) -> dict[str, tuple[int, ...]]:
         name: like.shape[::-1] if is_kernel(name) else like.shape
         for name, like in params.items()
     }
+
+
+def check_tensors(
+    place: Path,
+    found: Mapping[str, tuple[Path, tuple[int, ...]]],
+    expected: Mapping[str, tuple[int, ...]],
+    by: str,
+) -> None:
+    """Raises ValueError unless the tensors are those expected, naming what is wrong.
+
+    Args:
+      place: Where they are, to name what is missing.
+      found: The file and the shape of each tensor.
+      expected: Their shapes.
+      by: What these follow from, such as "config.json".
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(
+                f"{place}: no tensor {name} {list(shape)}, which {by} calls for"
+            )
+    for name, (file, shape) in found.items():
+        if name not in expected:
+            raise ValueError(
+                f"{file}: tensor {name} is surplus, {by} calls for no such one"
+            )
+        if shape != expected[name]:
+            raise ValueError(
+                f"{file}: tensor {name} has shape {list(shape)}, expected "
+                f"{list(expected[name])} by {by}"
+            )
 
 
 def plain_parameters(model: Llama) -> dict[str, jax.Array]:

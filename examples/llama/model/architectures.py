@@ -93,6 +93,17 @@ _LLAMA31_SCALING = RopeScaling(
     original_max_position_embeddings=8192,
 )
 ARCHITECTURES = {
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
     "llama2-7b": LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
