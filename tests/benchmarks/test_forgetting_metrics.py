@@ -60,6 +60,7 @@ def first_step(optimizer, own, **extra):
     return updates
 
 
+@pytest.mark.slow
 def test_kronecker(config, own, gradients):
     """A step solves with the whole matrix that the factors stand for."""
     updates = named(first_step(kronecker(config), own))

@@ -19,6 +19,7 @@ def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("files"))
 
 
+@pytest.mark.slow
 def test_product_is_with_the_curvature_of_the_divergence(files):
     model = load_model(files["model"])
     graph, params = nnx.split(model)

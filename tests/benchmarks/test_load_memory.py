@@ -44,4 +44,6 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
 def test_unknown_architecture(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--output", str(tmp_path / "x.json"), "--architecture", "gpt2"])
-    assert "architecture must be among llama2-7b, tinyllama" in capsys.readouterr().err
+    assert (
+        "architecture must be among smollm2-135m, llama2-7b" in capsys.readouterr().err
+    )

@@ -34,7 +34,7 @@ def test_chunks_bound_the_memory(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--architecture=gpt2", "architecture must be among llama2-7b, tinyllama"),
+        ("--architecture=gpt2", "architecture must be among smollm2-135m, llama2-7b"),
         ("--output=x.txt", "output must end in .json"),
     ],
 )

@@ -73,6 +73,7 @@ def test_long_ones_are_left_out(library, monkeypatch):
     assert {record["answer"] for record in records} == {"return 2"}
 
 
+@pytest.mark.slow
 def test_this_python_has_enough(tmp_path):
     for name, records, least in zip(
         ("training", "held out"), standard_library(), (1500, 400), strict=True

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from examples import compilation
 from examples.llama.checkpoints.llama2c import load_llama2c
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.loop import train
@@ -47,12 +46,3 @@ def run(files, tmp_path_factory):
         return root / name, train(config_of(files, root / name, **changes))
 
     return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of one shape share what they compile, also over the workers of xdist."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-    with compilation.kept_in(shared / "compiled"):
-        yield

@@ -233,6 +233,7 @@ def test_lora(files, run):
     assert (output / "adapter/tokenizer.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "down_proj"])
 def test_lora_of_some_projections(files, run, targets):
     """A bfloat16 base with a MoFO filter, an importance and a penalty; no model."""

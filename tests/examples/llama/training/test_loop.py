@@ -85,6 +85,7 @@ def test_known_measures_are_not_measured_again(files, run, tmp_path):
     assert found["after"] == result["after"]
 
 
+@pytest.mark.slow
 def test_rates_seeds_and_lengths_share_one_program(files, tmp_path):
     config = config_of(files, tmp_path / "first", steps=2)
     others = {"learning_rate": 3e-3, "seed": 1, "steps": 3, "schedule": "linear"}

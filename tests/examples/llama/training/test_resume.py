@@ -240,6 +240,7 @@ def test_other_settings_are_refused(world, tmp_path):
     assert lines(output) > 5
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(world, tmp_path):
     """The system refuses to write; the checkpoints before it can be gone on from."""
     output = tmp_path / "run"

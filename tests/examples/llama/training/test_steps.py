@@ -219,6 +219,7 @@ def test_projection_gets_the_other_batches_gradients():
         np.testing.assert_allclose(p - g, q, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_dropout_follows_from_seed_and_step():
     batch = batch_of(4)
 
