@@ -21,9 +21,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 # What a program compiles to depends on it alone, so a second run of the tests, which
 # mostly compile, takes half the time. `make clean` forgets it.
-COMPILED = Path(__file__).parents[1] / "build/compiled"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build/compiled")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis
 import jax
