@@ -10,7 +10,6 @@ table beside it. Started again, it adds the shapes that the file lacks.
 """
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -190,7 +189,6 @@ def measure(args: Args) -> dict[str, Any]:
     check_name("clock", args.clock, CLOCKS)
     names = ("batch_size", "length", "answer_share", "repeats", "clock", "texts")
     begun = {"settings": {name: getattr(args, name) for name in names}, **environment()}
-    begun["allocator"] = os.environ.get("GLIBC_TUNABLES", "")
     results = load(args.output, begun) or begun | {"shapes": {}}
     todo = [name for name in args.shapes if name not in results["shapes"]]
     with tqdm(total=len(todo) + 1, unit="part", **terminal.bar_style()) as bar:

@@ -209,15 +209,16 @@ def _costs(results: Results, name: str) -> list[str]:
 def _least(results: Results, name: str, what: str) -> float:
     """Of the method's runs, in that which other work has slowed the least.
 
-    Of those on the same device as the last one, and with as many runs at a time; NaN
-    where there is none.
+    Of those on the same device as the last one, with the same allocator and as many runs
+    at a time; NaN where there is none.
     """
+    alike = ("device", "allocator", "workers")
     last = results["runs"][-1]
     found = [
         run[what]
         for run in results["runs"]
         if run["method"] == name
-        and all(run.get(key) == last.get(key) for key in ("device", "workers"))
+        and all(run.get(key) == last.get(key) for key in alike)
         and what in run
     ]
     return min(found, default=np.nan)

@@ -9,7 +9,6 @@ examples and parity. On a GPU, --no-torch leaves the other one out.
 """
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -131,7 +130,6 @@ def measure(args: Args) -> dict[str, Any]:
     check_name("remat", args.remat, REMAT_POLICIES)
     results: dict[str, Any] = {"settings": dataclasses.asdict(args), **environment()}
     results["settings"].pop("output")
-    results["allocator"] = os.environ.get("GLIBC_TUNABLES", "")
     results["shapes"] = {}
     rng = np.random.default_rng(0)
     peak, source = peak_flops(jax.devices()[0], args.dtype)
