@@ -209,8 +209,8 @@ def _costs(results: Results, name: str) -> list[str]:
 def _least(results: Results, name: str, what: str) -> float:
     """Of the method's runs, in that which other work has slowed the least.
 
-    Of those on the same device as the last one, with the same allocator and as many runs
-    at a time; NaN where there is none.
+    Of those on the same device as the last one, with the same allocator and as many
+    runs at a time; NaN where there is none.
     """
     alike = ("device", "allocator", "workers")
     last = results["runs"][-1]
