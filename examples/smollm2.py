@@ -49,9 +49,9 @@ class Args:
     """Passes over the records."""
     batch_size: int = 4
     """Records per step."""
-    max_length: int = 200
+    max_length: int = 160
     """Tokens per record, and per text that the model writes for keep. The problems have
-    up to 200."""
+    up to 154."""
     method: str = "keep"
     """The optimizer; see --method of examples.llama.train."""
     learning_rate: float = 5e-5

@@ -1,7 +1,7 @@
 """Word problems like those of GSM8K, made by a program: no download, no end.
 
-Each takes two to four steps of arithmetic on whole numbers. The answer shows them as
-GSM8K does, with <<48/2=24>> for the calculator and the result after ####.
+Each takes two to four steps of arithmetic on whole numbers. The answer shows them, and
+the result after ####, as in GSM8K.
 """
 
 import operator
@@ -58,10 +58,7 @@ class _Work:
     def step(self, before: str, a: int, sign: str, b: int, after: str) -> int:
         """Adds a line around a calculation, and returns its result."""
         self.result = OPERATIONS[sign](a, b)
-        sum_ = f"{a}{sign}{b}"
-        self.lines.append(
-            f"{before} {sum_}=<<{sum_}={self.result}>>{self.result}{after}"
-        )
+        self.lines.append(f"{before} {a} {sign} {b} = {self.result}{after}")
         return self.result
 
     def problem(self, question: str) -> Problem:

@@ -22,12 +22,10 @@ def test_the_answer_is_right(kind):
         *lines, last = answer.split("\n")
         known = {*map(int, re.findall(r"\d+", question)), 2, 100}
         for line in lines:
-            ((a, sign, b, result, shown),) = re.findall(
-                r"(\d+)([-+*/])(\d+)=<<\1\2\3=(\d+)>>(\d+)", line
-            )
+            ((a, sign, b, result),) = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", line)
             a, b, result = int(a), int(b), int(result)
             assert {a, b} <= known
             right = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
-            assert right == result == int(shown) and result > 0
+            assert right == result > 0
             known.add(result)
         assert last == f"#### {result}" and len(lines) >= 2

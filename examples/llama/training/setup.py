@@ -48,7 +48,7 @@ from examples.llama.training.parsing import same_run
 from examples.llama.training.replay import Datasets, add_self_replay, load_data
 from examples.llama.training.steps import Fixed, Loss, TrainState, init_state
 
-QUESTIONS = 96  # that are answered in words at each evaluation, at most
+QUESTIONS = 64  # that are answered in words at each evaluation, at most
 
 
 class Run(NamedTuple):
