@@ -34,7 +34,7 @@ from examples.llama.training.own_texts import text_rows, write_texts
 from mofo_jax import all_but_norms_and_biases, filter_by_momentum
 from mofo_jax.continual import scale_by_fisher
 
-DAMPING = 0.01  # that of `scale_by_fisher`
+DAMPING = 0.01  # relative to the mean of the diagonal, as that of `scale_by_fisher`
 
 
 class Own(NamedTuple):
@@ -60,15 +60,15 @@ def own_texts(
     return Own(model, text_rows(texts, length, tokenizer.pad_id))
 
 
-def _fisher(config: Config, temperature: float = 1.0) -> Any:
-    model, rows = own_texts(config, temperature=temperature)
+def _fisher(own: Own, config: Config, *, factored: bool) -> Any:
+    """As the run would estimate it, the mean over the texts."""
     return estimate_fisher(
-        *nnx.split(model),
-        rows,
-        len(rows),
+        *nnx.split(own.model),
+        own.rows,
+        len(own.rows),
         make_mesh("fsdp=1"),
         seed=config.seed,
-        factored=True,
+        factored=factored,
     )
 
 
@@ -76,7 +76,8 @@ def texts_at(temperature: float) -> MakeOptimizer:
     """The Fisher information on texts that were drawn at that temperature."""
 
     def make(config: Config) -> optax.GradientTransformation:
-        return keep_in(scale_by_fisher(_fisher(config, temperature)), config)
+        own = own_texts(config, temperature=temperature)
+        return keep_in(scale_by_fisher(_fisher(own, config, factored=True)), config)
 
     return make
 
@@ -187,17 +188,11 @@ def _factors(gradient: jax.Array) -> Any:
 
 
 def scored(
-    score: Callable[[Config], Callable[[Any, Any, Any], Any]],
+    make_score: Callable[[Config], Callable[[Any, Any, Any, Any], Any]],
 ) -> MakeOptimizer:
-    """The filter by another score.
-
-    Args:
-      score: Makes, of a configuration, a function of gradients, of what is added to
-        the parameters, and of the parameters.
-    """
+    """The filter by another score, which `filter_by_momentum` takes."""
 
     def make(config: Config) -> optax.GradientTransformation:
-        score_of = score(config)
         inner = optax.chain(
             optax.scale_by_adam(0.9, 0.999, 1e-8),
             in_metric(),
@@ -206,35 +201,23 @@ def scored(
         return filter_by_momentum(
             inner,
             config.alpha,
-            score=lambda gradients, updates, _, params: score_of(
-                gradients, updates, params
-            ),
+            score=make_score(config),
             filter_mask=all_but_norms_and_biases,
         )
 
     return make
 
 
-def _gain(gradient: jax.Array, update: jax.Array) -> jax.Array:
-    return jnp.maximum(0, -gradient * update)
-
-
-def second_order(config: Config) -> Callable[[Any, Any, Any], Any]:
+def second_order(config: Config) -> Callable[[Any, Any, Any, Any], Any]:
     """The gain less what the step is predicted to forget, half of F times its square.
 
     Both are in nats a token: F is that of a text over its tokens.
     """
-    model, rows = own_texts(config)
-    graph, params = nnx.split(model)
-    gradient = row_gradient(graph, make_mesh("fsdp=1"), config.seed)
-    squares = [
-        jax.tree.map(jnp.square, gradient(params, row))
-        for row in ordered_batches(rows, 1)
-    ]
-    tokens = float(rows.loss_mask.sum())
-    fisher = jax.tree.map(lambda *x: sum(x) / tokens, *squares)
+    own = own_texts(config)
+    tokens = float(own.rows.loss_mask.sum()) / len(own.rows)
+    fisher = optax.tree.scale(1 / tokens, _fisher(own, config, factored=False))
 
-    def score(gradients: Any, updates: Any, _: Any) -> Any:
+    def score(gradients: Any, updates: Any, *_: Any) -> Any:
         def of(g: jax.Array, u: jax.Array, f: jax.Array) -> jax.Array:
             return jnp.maximum(0, -g * u - f * u * u / 2)
 
@@ -243,13 +226,15 @@ def second_order(config: Config) -> Callable[[Any, Any, Any], Any]:
     return score
 
 
-def fatigue(config: Config) -> Callable[[Any, Any, Any], Any]:
+def fatigue(config: Config) -> Callable[[Any, Any, Any, Any], Any]:
     """The gain over 1 + how far the entry has moved, in learning rates."""
     pretrained = nnx.state(load_model(config.model))
 
-    def score(gradients: Any, updates: Any, params: Any) -> Any:
+    def score(gradients: Any, updates: Any, _: Any, params: Any) -> Any:
         def of(g: jax.Array, u: jax.Array, p: jax.Array, start: jax.Array) -> jax.Array:
-            return _gain(g, u) / (1 + jnp.abs(p - start) / config.learning_rate)
+            return jnp.maximum(0, -g * u) / (
+                1 + jnp.abs(p - start) / config.learning_rate
+            )
 
         return jax.tree.map(of, gradients, updates, params, pretrained)
 

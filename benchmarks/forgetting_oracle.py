@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from benchmarks.forgetting_losses import predictions
-from benchmarks.forgetting_metrics import own_texts
+from benchmarks.forgetting_metrics import DAMPING, own_texts
 from benchmarks.forgetting_optimizers import at_unit_scale
 from examples.llama.text.rows import ordered_batches
 from examples.llama.training.config import Config
@@ -22,7 +22,6 @@ from examples.llama.training.optimizers import scale_by_given_learning_rate
 
 TEXTS, LENGTH = 8, 128  # that the pretrained model writes
 ITERATIONS = 10  # of conjugate gradients, in each step
-DAMPING = 0.01  # relative to the mean of the diagonal, as that of `scale_by_fisher`
 PROBES = 8  # random vectors that the mean of the diagonal is estimated with
 
 

@@ -110,7 +110,7 @@ def test_second_order(config, own, gradients):
     score = second_order(config)
     params = nnx.state(own.model)
     ones, steps = optax.tree.ones_like(params), optax.tree.full_like(params, -0.5)
-    found = named(score(ones, steps, params))
+    found = named(score(ones, steps, None, params))
     tokens = own.rows.loss_mask.sum()
     for name, x in found.items():
         fisher = sum(np.asarray(named(tree)[name]) ** 2 for tree in gradients) / tokens
@@ -125,9 +125,9 @@ def test_fatigue(config, own):
     ones, steps = optax.tree.ones_like(start), optax.tree.full_like(start, -0.5)
     moved = jax.tree.map(lambda p: p - 3 * config.learning_rate, start)
     for params, expected in ((start, 0.5), (moved, 0.125)):
-        for x in jax.tree.leaves(score(ones, steps, params)):
+        for x in jax.tree.leaves(score(ones, steps, None, params)):
             np.testing.assert_allclose(x, expected, rtol=1e-3)
-    for x in jax.tree.leaves(score(ones, ones, start)):  # these would climb
+    for x in jax.tree.leaves(score(ones, ones, None, start)):  # these would climb
         assert not x.any()
 
 
