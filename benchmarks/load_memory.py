@@ -59,7 +59,7 @@ class Args:
 
 
 def generate_checkpoint(path: Path, config: LlamaConfig, file_bytes: int) -> None:
-    """Writes a model of random weights, of which one tensor at a time is in memory."""
+    """Writes a model of random weights, with one tensor at a time in memory."""
     (path / "config.json").write_text(json.dumps(to_hugging_face(config)))
     shapes = tensor_shapes(config)
 

@@ -17,7 +17,7 @@ def make_room(output: Path) -> None:
 def load(
     path: Path, settings: dict[str, Any], runs: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """The results to go on with; None where there is no file.
+    """The results to resume from; None where there is no file.
 
     Args:
       path: The JSON file.

@@ -5,7 +5,7 @@ python -m benchmarks.pretrain --output DIR
 Trains a tokenizer and a Llama of about 120M parameters on the Python sources of the
 standard library and the installed packages, but for some, whose text is the retained
 one: on it is measured what fine-tuning makes the model forget. Leaves the model in
-DIR/run/model and that text in DIR/retained.txt. The same command goes on after a kill.
+DIR/run/model and that text in DIR/retained.txt. After a kill the same command resumes.
 """
 
 import dataclasses
@@ -62,13 +62,13 @@ class Args:
 
 
 def pretrain(args: Args) -> dict[str, float]:
-    """Prepares what is not there yet, and trains or goes on.
+    """Prepares what is not there yet, and trains or resumes.
 
     Returns:
-      The measures on the retained text before and after, as of `train`.
+      The measures on the retained text before and after; see `train`.
 
     Raises:
-      ValueError, OSError: As of `train`; or there is too little text, or
+      ValueError, OSError: See `train`; or there is too little text, or
         `args.output` was prepared with other settings.
     """
     prepared = args.output / "prepared.json"

@@ -121,7 +121,7 @@ class Inputs:
     data_dir: tuple[Path, ...] = ()
     """Directories that have the suite's files."""
     model: Path | None = None
-    """As of examples.llama.train, and so are the next three."""
+    """See examples.llama.train, also for the next three."""
     tokenizer: Path | None = None
     data: Path | None = None
     retain_data: Path | None = None
@@ -164,7 +164,7 @@ class Inputs:
         return found
 
     def settings(self) -> dict[str, Any]:
-        """What the results depend on, for JSON; ValueError as of `paths`."""
+        """What the results depend on, for JSON; for ValueError see `paths`."""
         found: dict[str, Any] = {key: path.name for key, path in self.paths().items()}
         suite = SUITES[self.suite]
         scale = suite.rate_scale if self.rate_scale is None else self.rate_scale

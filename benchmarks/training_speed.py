@@ -58,7 +58,7 @@ class Args:
     param_dtype: str = "float32"
     """Of the parameters."""
     remat: str = "none"
-    """As of examples.llama.train."""
+    """See examples.llama.train."""
     repeats: int = 7
     """Steps of each, after two that do not count."""
     torch: bool = True

@@ -3,9 +3,9 @@
 python -m examples.llama.continual --tasks DIR DIR DIR --model DIR --output DIR
 
 A task is a directory with train.json, eval.json and test.json, records of "prompt" and
-"answer" as of TRACE; --trace DIR has TRACE's eight, in their order. After each, the
+"answer" as in TRACE; --trace DIR has TRACE's eight, in their order. After each, the
 model answers the tests of all, which fills a matrix of scores. Every other flag is of
-examples.llama.train. The same command again, after it was stopped or killed, goes on.
+examples.llama.train. If it is stopped or killed, the same command resumes it.
 """
 
 import sys
@@ -18,7 +18,7 @@ from examples.llama.reporting.task_scores import table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exit codes as of examples.llama.train."""
+    """The command line; exit codes as in examples.llama.train."""
     argv = sys.argv[1:] if argv is None else list(argv)
     with terminal.errors_on_one_line("continual"):
         # Here, so that without its extra's packages one line says which to install.

@@ -5,8 +5,7 @@ python -m examples.llama.train --model DIR --data FILE --output DIR --epochs 2
 Reads a Hugging Face, GGUF or llama2.c checkpoint and records of questions and answers,
 and leaves in OUTPUT/model a Hugging Face checkpoint, or with --lora-rank a PEFT adapter
 in OUTPUT/adapter. Beside it are report.html with the plots, metrics.jsonl and events
-for TensorBoard. The same command again, after a run was stopped or killed, goes on
-where it was.
+for TensorBoard. If a run is stopped or killed, the same command resumes it.
 """
 
 from collections.abc import Sequence

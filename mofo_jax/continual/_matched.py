@@ -38,7 +38,7 @@ def pareto_frontier(points: ArrayLike, *, larger_is_better: bool = False) -> Arr
       points: [P, 2], finite. Each row is one run of a method: its loss on the new task,
         and a value that says what was forgotten, such as the divergence from the
         pretrained model or the accuracy on an old task.
-      larger_is_better: Whether a larger value is the better one, as of an accuracy.
+      larger_is_better: Whether a larger value is the better one, as with an accuracy.
         Of losses, the smaller one is always better.
 
     Returns:

@@ -43,7 +43,7 @@ def backward_transfer(scores: ArrayLike) -> float:
       In the scores' unit.
 
     Raises:
-      ValueError: As of :func:`overall_performance`, or there is one task alone.
+      ValueError: See :func:`overall_performance`; or there is one task alone.
 
     >>> from mofo_jax.continual import backward_transfer
     >>> backward_transfer([[50.0, 10.0], [40.0, 60.0]])
@@ -69,7 +69,7 @@ def forward_transfer(scores: ArrayLike, before: ArrayLike) -> float:
       In the scores' unit.
 
     Raises:
-      ValueError: As of :func:`backward_transfer`, or b has another length.
+      ValueError: See :func:`backward_transfer`; or b has another length.
 
     >>> from mofo_jax.continual import forward_transfer
     >>> forward_transfer([[50.0, 10.0], [40.0, 60.0]], before=[5.0, 4.0])

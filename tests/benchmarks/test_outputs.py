@@ -1,4 +1,4 @@
-"""Results that a benchmark goes on with, or refuses."""
+"""Results that a benchmark resumes, or refuses."""
 
 import json
 

@@ -31,7 +31,7 @@ from examples.llama.model.llama import Llama
 from examples.llama.model.loss import log_probabilities
 from examples.llama.text.tokenizer import Tokenizer
 
-SCORED_AT_ONCE = 256  # tokens of which logits are in memory
+SCORED_AT_ONCE = 256  # tokens whose logits are in memory at once
 DECODED_AT_ONCE = 32  # tokens until texts are looked at for a stop string
 # Put where a message is to go on; a template that strips it strips its space.
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -110,7 +110,7 @@ class JaxLM(TemplateLM):
     ) -> str:
         """The text of a conversation, by default up to where an answer begins.
 
-        Otherwise it stops within the last message, for the model to go on with that.
+        Otherwise it stops within the last message, for the model to continue it.
         """
         *before, last = chat_history
         if not add_generation_prompt:

@@ -172,7 +172,7 @@ def batch_rows(mesh: Mesh) -> int:
 def put_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, parts: int | None = None
 ) -> dict[str, jax.Array]:
-    """The global batch of which every process brings its share of the rows.
+    """The global batch. Every process brings its share of the rows.
 
     Args:
       batch: This process's rows.

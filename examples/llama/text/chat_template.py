@@ -44,7 +44,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         a, b = (len(x) if isinstance(x, Sized) else abs(x) for x in (left, right))
-        # In floats a power overflows, where integers would go on.
+        # In floats a power overflows, where integers would not.
         size = a * b if operator == "*" else float(a) ** float(b)
         if size > MAX_RANGE:
             raise jinja2.exceptions.SecurityError(

@@ -49,7 +49,7 @@ def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Rec
     """Reads records, each in the format that its fields tell.
 
     GSM8K has "question" and "answer", Alpaca "instruction", "output" and perhaps
-    "input" (which goes on a new line after the instruction, as in LLaMA-Factory),
+    "input" (which stands on a new line after the instruction, as in LLaMA-Factory),
     MetaMathQA "query" and "response", TRACE "prompt" and "answer". Chats have
     "messages" of a "role" (system, user or assistant) and a "content", and plain text
     has "text". Other fields are ignored.
@@ -58,7 +58,7 @@ def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Rec
       path: JSON lines, among which blank ones are ignored; or, in a file called .json,
         one JSON list; or "hf:NAME[:CONFIG][:SPLIT]", a name or directory that
         `datasets.load_dataset` takes, with the split "train" by default.
-      skip_bad: Whether to go on at a record that is malformed.
+      skip_bad: Whether to skip malformed records instead of stopping at the first.
 
     Returns:
       The records, and why others were skipped.

@@ -36,7 +36,7 @@ class Dataset:
     segment_ids: np.ndarray  # int32 [N, L], from 1 in each row; 0 is padding
     positions: np.ndarray  # int32 [N, L], from 0 in each segment
     sources: Sequence[Sequence[str]]  # of each row, the records as "file:line"
-    truncated: int = 0  # records of which the first L tokens were kept
+    truncated: int = 0  # records longer than L tokens, whose first L were kept
     dropped: int = 0  # records not in here, as those had no counted token left
     bad: tuple[str, ...] = ()  # why records were skipped, with file and line
 
@@ -74,7 +74,7 @@ def load_dataset(
       pack: Whether a row holds as many records as fit, which attention and positions
         must keep apart, or one.
       template: "paper" or "tokenizer".
-      skip_bad: Whether to go on at a malformed record, or one that the tokenizer's
+      skip_bad: Whether to skip malformed records, and those that the tokenizer's
         template refuses.
 
     Raises:
@@ -178,7 +178,7 @@ def training_batches(
     Returns:
       An iterator. A batch's "row" counts on from one dataset to the next; see
       `records_of`. `get_state` gives a dictionary for JSON, after which an iterator of
-      the same datasets, weights, batch size and seed goes on by `set_state`, also with
+      the same datasets, weights, batch size and seed resumes by `set_state`, also with
       other processes.
 
     Raises:

@@ -17,7 +17,7 @@ _APART = "\ufdd0\ufdd1"
 
 
 class Piece(NamedTuple):
-    """A part of a record's text, of which all tokens count in the loss or none."""
+    """A part of a record's text. Either all its tokens count in the loss, or none."""
 
     text: str
     counted: bool = False

@@ -82,7 +82,7 @@ class Tokenizer:
 
         A text's first piece has the ids that `encode` gives it, and so what a model
         continues is the same in training and in generation. The others have no space
-        put in front, as they go on from the piece before.
+        put in front, as they continue the piece before.
 
         Args:
           texts: The texts, in pieces.
@@ -183,7 +183,7 @@ class Tokenizer:
         return tuple(self._registered[token] for token in ends[:1])
 
     def _anchor(self, before: str, chat: bool) -> tuple[str, int]:
-        """What to put before a text that goes on, and how many tokens that gives."""
+        """What to put before a text that continues another, and its token count."""
         if not before:
             return "", 0
         if chat and before.endswith(tuple(self._registered)):

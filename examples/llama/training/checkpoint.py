@@ -1,4 +1,4 @@
-"""Checkpoints of a run, from which it goes on as if nothing had happened."""
+"""Checkpoints of a run, from which it resumes as if nothing had happened."""
 
 import contextlib
 import logging

@@ -52,18 +52,18 @@ class Config:
     instructions: bool = False
     """Measure at each evaluation how many instructions the model obeys in chat form."""
     output: Path
-    """Directory for the results. One that holds an unfinished run goes on with it."""
+    """Directory for the results. An unfinished run there is resumed."""
 
     # Data
     template: Literal["paper", "tokenizer"] = "paper"
     """How a conversation becomes text: as in the paper, or by the tokenizer's own chat
     template."""
     max_length: int = 1024
-    """Tokens per row, of which longer records keep the first; and per text window."""
+    """Maximum tokens per row and text window; longer records are truncated."""
     pack: bool = False
     """Put several records in a row, each seeing itself alone, instead of padding."""
     skip_bad_records: bool = False
-    """Count malformed lines and go on, instead of stopping at the first."""
+    """Count malformed lines and skip them, instead of stopping at the first."""
 
     # Optimizer
     # A plain str, so that `check` names an unknown method in one line.

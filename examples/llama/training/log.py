@@ -21,7 +21,7 @@ class MetricsLog:
 
     Args:
       output: The run's directory.
-      step: Of the checkpoint that the run goes on from, or None: what was written of
+      step: Of the checkpoint from which the run resumes, or None: what was written of
         later steps is taken back.
       enabled: False in all processes but one.
     """

@@ -146,10 +146,10 @@ class _Loop:
         if self.first is not None:
             self.state, position = checkpoints.restore(self.state)
             self.batches.set_state(position)
-            self.say(f"going on from the checkpoint of step {self.first}")
+            self.say(f"resuming from the checkpoint of step {self.first}")
         peak, source = peak_flops(jax.local_devices()[0], config.dtype)
         self.peak = peak * run.mesh.size
-        self.say(f"MFU is of {self.peak / 1e12:.3g} TFLOP/s ({source})")
+        self.say(f"MFU is relative to {self.peak / 1e12:.3g} TFLOP/s ({source})")
         self.flops = training_flops(
             run.architecture, config.max_length, lora=config.lora_rank > 0
         )
@@ -197,7 +197,7 @@ class _Loop:
                 raise terminal.Stopped(
                     signum,
                     f"stopped by signal {signum} after step {step}; the same command "
-                    f"goes on from there; {self.checkpoints.where()}",
+                    f"resumes there; {self.checkpoints.where()}",
                 )
             self.go_on()
         self.checkpoints.finish()

@@ -102,5 +102,5 @@ def same_run(config: Config, path: Path) -> None:
         if name not in free and stored.get(name) != value:
             raise ValueError(
                 f"{config.output}: holds a run with {name} {stored.get(name)!r}, not "
-                f"{value!r}; give another output, or the same settings to go on with it"
+                f"{value!r}; give another output, or the same settings to resume it"
             )

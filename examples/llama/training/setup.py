@@ -84,7 +84,7 @@ def set_up(
 ) -> Run:
     """Loads and builds everything; writes nothing. `progress` shows bars.
 
-    Args: As of `loop.train`.
+    Args: See `loop.train`.
 
     Raises:
       ValueError, OSError: See `loop.train`.
@@ -240,7 +240,7 @@ def check_output(config: Config) -> None:
         if (output / "result.json").exists():
             raise ValueError(f"{output}: holds this run already, and it is finished")
     elif output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output}: not empty, and it holds no run to go on with")
+        raise ValueError(f"{output}: not empty, and it holds no run to resume")
 
 
 def by_name(datasets: Datasets) -> dict[str, Dataset]:

@@ -13,7 +13,7 @@ from examples.llama.training.replay import Datasets
 class Batches(NamedTuple):
     """Of one step, for this process's rows."""
 
-    batch: Batch  # as of Dataset; with "kl_weight" where that is not 0
+    batch: Batch  # see Dataset; with "kl_weight" where that is not 0
     memories: list[Batch]  # of earlier tasks, for GEM
     rows: np.ndarray  # int32 [B], of the batch; see records_of
 

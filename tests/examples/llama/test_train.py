@@ -310,7 +310,7 @@ BAD = [
         "coordinator must be HOST:PORT, got 'localhost'",
     ),
     ({"lora_rank": 99}, "lora_rank must be 1 to 16, got 99"),
-    ({"output": Path("full")}, "full: not empty, and it holds no run to go on with"),
+    ({"output": Path("full")}, "full: not empty, and it holds no run to resume"),
     ({"output": Path("/proc/absent")}, "/proc/absent: "),
 ]
 

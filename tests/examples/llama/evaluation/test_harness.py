@@ -147,7 +147,7 @@ def test_rolling(real_lm, tokenizer, log_probabilities, text):
     )
     bos = tokenizer.bos_id
     for whole, total in zip(texts, totals, strict=True):
-        # As of the harness's own backend, the start token counts, after itself.
+        # As in the harness's own backend, the start token counts, after itself.
         tokens = np.array([bos, bos, *tokenizer.encode(whole)])
         expected, done = 0.0, 1
         while done < len(tokens):

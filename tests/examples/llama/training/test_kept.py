@@ -116,7 +116,7 @@ def test_epochs_count_what_is_replayed(files, tmp_path):
 
 @pytest.mark.slow
 def test_all_at_once_after_a_kill(files, run, tmp_path):
-    """Replay, GEM and penalties go on bit for bit, as all else does."""
+    """Replay, GEM and penalties resume bit for bit, as all else does."""
     config = config_of(files, tmp_path / "run", save_every=3, **many(files))
     process = start(config)
     metrics = tmp_path / "run/metrics.jsonl"
@@ -128,7 +128,7 @@ def test_all_at_once_after_a_kill(files, run, tmp_path):
     process.communicate()
     assert not (tmp_path / "run/result.json").exists()
     out, _ = finished(start(config))
-    assert "going on from the checkpoint" in out
+    assert "resuming from the checkpoint" in out
     other = config_of(files, tmp_path / "other", save_every=3, **many(files))
     finished(start(other))
     assert tensors_of(tmp_path / "run/model") == tensors_of(tmp_path / "other/model")

@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped, and go on as if nothing had happened."""
+"""Runs that are killed or stopped, and resume as if nothing had happened."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def kill_until_done(world, output, moments):
     """Kills a run with SIGKILL at each of `moments`, then lets it end.
 
     A moment is a function of the process that returns when it has come. Returns the
-    step at which it went on at last, and whether each kill left a half-written
+    step from which it resumed last, and whether each kill left a half-written
     checkpoint.
     """
     halves = []
@@ -85,7 +85,7 @@ def kill_until_done(world, output, moments):
         names = [path.name for path in (output / "checkpoints").iterdir()]
         halves.append(any("tmp" in name for name in names))
     out, _ = run(world, output)
-    found = re.search(r"going on from the checkpoint of step (\d+)", out)
+    found = re.search(r"resuming from the checkpoint of step (\d+)", out)
     return int(found[1]), halves
 
 
@@ -145,7 +145,7 @@ def test_killed_with_importance(world, tmp_path, changes):
         process.communicate()
         kept.append((made.read_bytes(), made.stat().st_mtime_ns))
     out, _ = run(world, output, **changes)
-    assert "going on from the checkpoint of step" in out
+    assert "resuming from the checkpoint of step" in out
     kept.append((made.read_bytes(), made.stat().st_mtime_ns))
     run(world, other, **changes)
     assert {content for content, _ in kept} == {
@@ -200,14 +200,14 @@ def test_stopped_by_a_signal(world, undisturbed, tmp_path, number, code):
     last = err.splitlines()[-1]
     found = re.fullmatch(
         rf"train: stopped by signal {number.value} after step (\d+); the same command "
-        rf"goes on from there; the last good checkpoint is (\S+)",
+        rf"resumes there; the last good checkpoint is (\S+)",
         last,
     )
     step = int(found[1])
     assert 10 < step < STEPS and found[2] == str(output / "checkpoints" / str(step))
     assert not (output / "model").exists()
     out, _ = run(world, output, save_every=25, keep=1)
-    assert f"going on from the checkpoint of step {step}\n" in out
+    assert f"resuming from the checkpoint of step {step}\n" in out
     kept = [path.name for path in (output / "checkpoints").iterdir()]
     assert kept == [str(STEPS)]
     same_as(undisturbed, output)
@@ -222,7 +222,7 @@ def test_goes_on_upon_another_mesh(world, undisturbed, tmp_path, capsys):
     process.send_signal(signal.SIGTERM)
     finished(process, 143)
     train(config(world, output, mesh="fsdp=2"))
-    assert "going on from the checkpoint of step" in capsys.readouterr().out
+    assert "resuming from the checkpoint of step" in capsys.readouterr().out
     for line, other in zip(metrics_of(output), undisturbed[1], strict=True):
         assert line == pytest.approx(other, rel=1e-3)
 
@@ -242,7 +242,7 @@ def test_other_settings_are_refused(world, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up(world, tmp_path):
-    """The system refuses to write; the checkpoints before it can be gone on from."""
+    """The system refuses to write; the run can resume from those before it."""
     output = tmp_path / "run"
     process = start(config(world, output), world[1])
     wait_for(lambda: lines(output) > 15, process)
@@ -255,5 +255,5 @@ def test_a_disk_that_fills_up(world, tmp_path):
     kept = [p.name for p in (output / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept and not (output / "model").exists()
     out, _ = run(world, output)
-    found = re.search(r"going on from the checkpoint of step (\d+)", out)
+    found = re.search(r"resuming from the checkpoint of step (\d+)", out)
     assert int(found[1]) == max(map(int, kept))

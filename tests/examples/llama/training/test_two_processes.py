@@ -55,7 +55,7 @@ def test_two_processes(tmp_path):
     models = [tensors_of(tmp_path / name / "model") for name in ("two", "one")]
     assert models[0].keys() == models[1].keys()
     assert [len(x) for x in models[0].values()] == [len(x) for x in models[1].values()]
-    assert "going on" not in outputs[0]
+    assert "resuming" not in outputs[0]
 
 
 @pytest.mark.slow
@@ -105,5 +105,5 @@ def test_two_processes_stopped_and_going_on(tmp_path):
     assert (output / "checkpoints" / steps[0]).is_dir()
     both = pair(files, output, cache, **changes)
     (out, _), _ = [finished(process, timeout=250) for process in both]
-    assert f"going on from the checkpoint of step {steps[0]}\n" in out
+    assert f"resuming from the checkpoint of step {steps[0]}\n" in out
     assert (output / "model" / "model.safetensors").exists()
