@@ -190,38 +190,37 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
 
 
 def _costs(results: Results, name: str) -> list[str]:
-    """What a method takes beside AdamW, for the table."""
-    # NaN stands for what was not measured, and whatever is computed from it is NaN too.
-    own, adamw = (
-        {what: _least(results, x, what) for what in ("seconds", "preparing", "bytes")}
-        for x in (name, "adamw")
-    )
-    preparing = own["preparing"] / adamw["seconds"]
+    """What a method takes beside AdamW, for the table.
+
+    Runs are compared where both ran last: on one device, with one allocator and as many
+    runs at a time.
+    """
+
+    def place(run: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(run.get(key) for key in ("device", "allocator", "workers"))
+
+    def least(name: str, what: str) -> float:
+        """In the run that other work has slowed the least; NaN if nothing is known."""
+        found = [
+            run[what]
+            for run in results["runs"]
+            if run["method"] == name and place(run) == shared and what in run
+        ]
+        return min(found, default=np.nan)
+
+    of_adamw = {place(run) for run in results["runs"] if run["method"] == "adamw"}
+    own = [place(run) for run in results["runs"] if run["method"] == name]
+    shared = next((x for x in reversed(own) if x in of_adamw), None)
+    # Whatever is computed from a NaN is NaN too.
+    seconds = least("adamw", "seconds")
+    preparing = least(name, "preparing") / seconds
     cells = (
-        (own["seconds"] / adamw["seconds"], ".2f"),
+        (least(name, "seconds") / seconds, ".2f"),
         (preparing * results["settings"]["steps"], ".0f"),
-        (own["seconds"] / adamw["seconds"] + preparing, ".2f"),
-        (own["bytes"] / adamw["bytes"], ".3f"),
+        (least(name, "seconds") / seconds + preparing, ".2f"),
+        (least(name, "bytes") / least("adamw", "bytes"), ".3f"),
     )
     return ["" if np.isnan(x) else f"{x:{form}}" for x, form in cells]
-
-
-def _least(results: Results, name: str, what: str) -> float:
-    """Of the method's runs, in that which other work has slowed the least.
-
-    Of those on the same device as the last one, with the same allocator and as many
-    runs at a time; NaN where there is none.
-    """
-    alike = ("device", "allocator", "workers")
-    last = results["runs"][-1]
-    found = [
-        run[what]
-        for run in results["runs"]
-        if run["method"] == name
-        and all(run.get(key) == last.get(key) for key in alike)
-        and what in run
-    ]
-    return min(found, default=np.nan)
 
 
 def plot(results: Results, image: Path) -> None:
