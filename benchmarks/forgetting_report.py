@@ -213,11 +213,12 @@ def _costs(results: Results, name: str) -> list[str]:
     shared = next((x for x in reversed(own) if x in of_adamw), None)
     # Whatever is computed from a NaN is NaN too.
     seconds = least("adamw", "seconds")
+    training = least(name, "seconds") / seconds
     preparing = least(name, "preparing") / seconds
     cells = (
-        (least(name, "seconds") / seconds, ".2f"),
+        (training, ".2f"),
         (preparing * results["settings"]["steps"], ".0f"),
-        (least(name, "seconds") / seconds + preparing, ".2f"),
+        (training + preparing, ".2f"),
         (least(name, "bytes") / least("adamw", "bytes"), ".3f"),
     )
     return ["" if np.isnan(x) else f"{x:{form}}" for x, form in cells]

@@ -37,7 +37,8 @@ def half_fine_tuning_mask(params: Any, seed: int) -> Any:
       depends on the seed and the names, not on the order of the leaves.
 
     Raises:
-      ValueError: A parameter has none of the names, or the seed is negative.
+      ValueError: A parameter has none of the names, or the seed is not an integer of
+        0 or above.
 
     >>> from mofo_jax.continual import half_fine_tuning_mask
     >>> names = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -242,7 +242,7 @@ def test_other_settings_are_refused(world, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up(world, tmp_path):
-    """The system refuses to write; the run can resume from those before it."""
+    """The system refuses to write; the run can resume from earlier checkpoints."""
     output = tmp_path / "run"
     process = start(config(world, output), world[1])
     wait_for(lambda: lines(output) > 15, process)
