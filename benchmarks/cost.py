@@ -39,7 +39,7 @@ from benchmarks.turns import (
     time_in_turns,
 )
 from examples import terminal
-from examples.checks import check_least
+from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
 from mofo_jax import mofo
@@ -77,6 +77,8 @@ class Args:
     """Measured steps of each optimizer, at least 15 for numbers to be quoted."""
     tiny: bool = False
     """Small shapes: to see that it runs."""
+    sections: tuple[str, ...] | None = None
+    """What to measure, by the names in the JSON file; else all."""
 
 
 def steps(args: Args, tree: str, gradients: str) -> dict[str, Any]:
@@ -142,10 +144,11 @@ def communication(args: Args) -> dict[str, Any]:
     """What crosses 8 devices: in a process of its own that simulates them."""
     flag = "--xla_force_host_platform_device_count=8"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    simulated = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}  # on any machine
     command = [sys.executable, "-m", "benchmarks.cost_mesh", *["--tiny"] * args.tiny]
     done = subprocess.run(
         command,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | simulated,
         check=True,
         stdout=subprocess.PIPE,
     )
@@ -208,19 +211,21 @@ def measure(args: Args) -> dict[str, Any]:
     """Runs the sections that the file does not have yet.
 
     Raises:
-      ValueError: No repeats, or the file is of other settings, another device or other
-        versions.
+      ValueError: No repeats, an unknown section, or the file is of other settings,
+        another device or other versions.
     """
     check_least("repeats", args.repeats, 1)
+    todo = sections()
+    for name in args.sections or ():
+        check_name("sections", name, todo)
     settings = {"repeats": args.repeats, "tiny": args.tiny}
     begun = {"settings": settings, **environment()}
     results = load(args.output, begun) or begun
-    todo = sections()
-    bar = tqdm(todo.items(), unit="section", **terminal.bar_style())
-    for name, section in bar:
+    bar = tqdm(args.sections or todo, unit="section", **terminal.bar_style())
+    for name in bar:
         bar.set_postfix_str(name[:40])
         if name not in results:
-            results[name] = section(args)
+            results[name] = todo[name](args)
             write_json(args.output, results)
             jax.clear_caches()
     return results

@@ -13,7 +13,7 @@ ORDINARY, ADVERSARIAL = (2.0, 1.3), (4.0, 2.0)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every target with what was measured, as Markdown."""
+    """Every target with what was measured, as Markdown; less where sections lack."""
     rows = [("measure", "must", "aim", "measured", "")]
     rows += list(_rows(results))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -33,12 +33,16 @@ def table(results: dict[str, Any]) -> str:
         f"{repeats} pairs in turns.",
         "",
     ]
-    passes = results["passes"]
-    search = (
-        f"The search for one 4096x4096 leaf takes {passes['mean']:.1f} passes over the "
-        f"momentum on average, and {passes['most']} at most."
-    )
-    return "\n".join([*head, *lines, "", search, "", *_others(results)]) + "\n"
+    lines = [*head, *lines]
+    if (passes := results.get("passes")) is not None:
+        lines += [
+            "",
+            f"The search for one 4096x4096 leaf takes {passes['mean']:.1f} passes over "
+            f"the momentum on average, and {passes['most']} at most.",
+        ]
+    if "others" in results:
+        lines += ["", *_others(results)]
+    return "\n".join(lines) + "\n"
 
 
 def _rows(results: dict[str, Any]) -> Any:
@@ -48,21 +52,23 @@ def _rows(results: dict[str, Any]) -> Any:
             limits = ORDINARY if gradients == "ordinary" else ADVERSARIAL
             measured = value["mofo"]["ratio"]
             yield _row(f"step, {tree}, {gradients}", limits, measured, "{:.2f}")
-    compilation = results["compilation"]
-    what = f"{compilation['leaves']} leaves of Llama-2-7B"
-    yield _row(f"trace and compile, {what}", (3.0, 1.5), compilation["ratio"], "{:.2f}")
-    memory = compilation["mofo"]["temporary_mib"]
-    aim = compilation["adamw"]["temporary_mib"]
-    yield _row(f"temporary MiB, {what}", (600, aim), memory, "{:.1f}")
-    extra = compilation["extra_bytes_a_block"]
-    yield _row("bytes of extra state a block", (64, 64), extra, "{:.1f}")
-    for layout, value in results["communication"].items():
+    if (compilation := results.get("compilation")) is not None:
+        what = f"{compilation['leaves']} leaves of Llama-2-7B"
+        ratio = compilation["ratio"]
+        yield _row(f"trace and compile, {what}", (3.0, 1.5), ratio, "{:.2f}")
+        memory = compilation["mofo"]["temporary_mib"]
+        aim = compilation["adamw"]["temporary_mib"]
+        yield _row(f"temporary MiB, {what}", (600, aim), memory, "{:.1f}")
+        extra = compilation["extra_bytes_a_block"]
+        yield _row("bytes of extra state a block", (64, 64), extra, "{:.1f}")
+    for layout, value in results.get("communication", {}).items():
         yield _row(
             f"largest collective, {layout}", (4096, None), value["largest"], "{}"
         )
         yield _row(f"collectives a step, {layout}", (40, 10), value["a_step"], "{}")
-    ratio = results["fine-tuning"]["mofo"]["ratio"]
-    yield _row("% more, whole fine-tuning step", (3, 1), 100 * (ratio - 1), "{:.1f}")
+    if (whole := results.get("fine-tuning")) is not None:
+        more = 100 * (whole["mofo"]["ratio"] - 1)
+        yield _row("% more, whole fine-tuning step", (3, 1), more, "{:.1f}")
 
 
 def _row(
@@ -85,7 +91,8 @@ def _others(results: dict[str, Any]) -> list[str]:
 
 def plot(results: dict[str, Any], image: Path) -> None:
     """How the ratio grows with the size of a leaf and with the number of leaves."""
-    growth = results["growth"]
+    if (growth := results.get("growth")) is None:
+        return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="tight")
     plots = (("sizes", "entries of one leaf"), ("leaves", "leaves of 32x32 entries"))
     for axis, (key, label) in zip(axes, plots, strict=True):

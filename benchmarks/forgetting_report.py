@@ -18,6 +18,7 @@ from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
 from mofo_jax.continual import Comparison, compare_at_loss, pareto_frontier
 
 ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
+HEAD = 2  # lines of a Markdown table above its rows
 REFERENCES = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}  # in every panel
 # The rest of Okabe and Ito's palette but its yellow, and a grey. What differs by a
 # filter alone has one colour: no filter is drawn through, a filter by its line.
@@ -77,11 +78,14 @@ def curves(results: Results, measure: str) -> dict[str, list[np.ndarray]]:
 
 
 def targets(found: dict[str, list[np.ndarray]]) -> list[float]:
-    """Held-out losses that AdamW and MoFO reach with every seed, evenly spaced."""
+    """Held-out losses that AdamW and MoFO reach with every seed, evenly spaced.
+
+    None where no loss is reached by all, as with a single point of one of them.
+    """
     both = [*found["adamw"], *found.get("mofo", [])]
     low = max(float(points[0, 0]) for points in both)
     high = min(float(points[-1, 0]) for points in both)
-    return np.linspace(low, high, 5)[1:-1].tolist()
+    return np.linspace(low, high, 5)[1:-1].tolist() if low < high else []
 
 
 def matched(results: Results, measure: str) -> dict[float, dict[str, Comparison]]:
@@ -113,6 +117,8 @@ def report(results: Results) -> str:
     ]
     titles = {name: (method.title,) for name, method in METHODS.items()}
     for measure in shown(results):
+        if not (compared := matched(results, measure)):
+            continue
         title = MEASURES[measure].name
         less = "above" if measure in KEPT else "below"
         lines += [
@@ -123,16 +129,21 @@ def report(results: Results) -> str:
             f"seeds, {less} zero where less is forgotten, with its 95% bootstrap "
             "interval over seeds.",
             "",
-            *table(("method",), titles, matched(results, measure), ".3f"),
+            *table(("method",), titles, compared, ".3f"),
+            "",
+        ]
+    at_one_rate = _settings(results, lambda *point: _rate(*point) == ONE_RATE)
+    if len(at_one_rate) > HEAD:
+        lines += [
+            f"## At one learning rate, {ONE_RATE * settings['rate_scale']:g}",
+            "",
+            "As papers compare: what is learned differs, and so does what is "
+            "forgotten.",
+            "",
+            *at_one_rate,
             "",
         ]
     lines += [
-        f"## At one learning rate, {ONE_RATE * settings['rate_scale']:g}",
-        "",
-        "As papers compare: what is learned differs, and so does what is forgotten.",
-        "",
-        *_settings(results, lambda name, point: _rate(name, point) == ONE_RATE),
-        "",
         "## Every setting",
         "",
         *_settings(results, lambda name, point: True),
@@ -152,6 +163,13 @@ def _rate(name: str, point: Settings) -> float:
     return (METHODS[name].common | point)["learning_rate"]
 
 
+def _scaled(point: Settings, scale: float) -> Settings:
+    """With the learning rate that the trainer was given."""
+    if "learning_rate" not in point:
+        return point
+    return point | {"learning_rate": float(f"{point['learning_rate'] * scale:.4g}")}
+
+
 def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list[str]:
     """A table of the methods' points, as they were measured."""
     kept = [name for name in shown(results) if name in KEPT]
@@ -167,7 +185,8 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
             these = [r for r in runs if (r["method"], r["point"]) == (name, point)]
             if not these or not chosen(name, point):
                 continue
-            cells = [method.title, describe(point), str(len(these))]
+            scale = results["settings"]["rate_scale"]
+            cells = [method.title, describe(_scaled(point, scale)), str(len(these))]
             if lost := sum("diverged" in run for run in these):
                 cells += [f"{lost} diverged", *(len(heads) - 4) * [""]]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -246,17 +265,16 @@ def plot(results: Results, image: Path) -> None:
                 ax.axhline(before[measure], color="black", linewidth=0.8, linestyle=":")
                 ax.grid()
                 if "adamw" in found:
-                    # What learns little, or forgets all, is in the table alone.
                     frontiers = np.concatenate(curves(results, measure)["adamw"])
-                    low, high = frontiers.min(axis=0), frontiers.max(axis=0)
-                    best = min(points[..., 0].min() for points in found.values())
-                    low[0] = min(low[0], best)
-                    margin = 0.1 * (high - low) + 1e-6  # also where nothing differs
-                    ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
-                    ends = before[measure] - margin[1], high[1] + margin[1]
+                    # Every method's best loss is in view. What learns less than AdamW
+                    # at its smallest rate, or forgets more, is in the table alone.
+                    best = [points[..., 0].min() for points in found.values()]
+                    x = np.append(frontiers[:, 0], best)
+                    y = np.append(frontiers[:, 1], before[measure])
+                    ax.set_xlim(*_with_margin(x))
+                    ax.set_ylim(*_with_margin(y))
                     if measure in KEPT:  # upside down, so that lower is better here too
-                        ends = before[measure] + margin[1], low[1] - margin[1]
-                    ax.set_ylim(*ends)
+                        ax.yaxis.set_inverted(True)
             row[0].set_ylabel(MEASURES[measure].label)
         for ax, group in zip(axes[0], groups, strict=True):
             ax.set_title(group)
@@ -280,6 +298,13 @@ def plot(results: Results, image: Path) -> None:
         )
         figure.suptitle(textwrap.fill(title, 50 * len(groups)))
         figure.savefig(image, dpi=150)
+
+
+def _with_margin(values: np.ndarray) -> tuple[float, float]:
+    """The range of values, and a tenth of it on each side."""
+    low, high = float(values.min()), float(values.max())
+    margin = 0.1 * (high - low) + 1e-6  # also where nothing differs
+    return low - margin, high + margin
 
 
 def _base(name: str) -> str:

@@ -40,6 +40,7 @@ def test_bad_arguments(tmp_path, capsys):
     output.write_text(written)
     for flags, message in (
         (["--repeats=0"], "repeats must be 1 or above, got 0"),
+        (["--sections", "nine"], "sections must be among compilation, "),
         (["--tiny", "--repeats=2"], "of other settings, device 'abacus' instead of"),
         ([f"--output={tmp_path / 'x.txt'}"], "output must end in .json"),
     ):
@@ -49,9 +50,10 @@ def test_bad_arguments(tmp_path, capsys):
     assert output.read_text() == written
 
 
-def test_table_is_that_of_the_results():
-    results = json.loads(RESULTS.read_text())
-    assert RESULTS.with_suffix(".md").read_text() == cost_report.table(results)
+@pytest.mark.parametrize("path", [RESULTS, RESULTS.with_stem("cost_h200")])
+def test_table_is_that_of_the_results(path):
+    results = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == cost_report.table(results)
     assert not results["settings"]["tiny"] and results["settings"]["repeats"] >= 15
 
 

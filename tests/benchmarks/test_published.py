@@ -17,6 +17,7 @@ RESULTS = ROOT / "docs/results"
 REPORTS = {
     "forgetting_stories260k": forgetting_report.report,
     "forgetting_stories260k_python": forgetting_report.report,
+    "smollm2_h200": forgetting_report.report,
     "facts": facts_report.report,
 }
 
@@ -33,7 +34,8 @@ def test_situations_are_of_the_numbers():
 
 
 @pytest.mark.parametrize(
-    "name", ["forgetting_stories260k", "forgetting_stories260k_python"]
+    "name",
+    ["forgetting_stories260k", "forgetting_stories260k_python", "smollm2_h200"],
 )
 def test_every_seed_there_has_the_whole_curve(name):
     results = json.loads((RESULTS / f"{name}.json").read_text())
