@@ -1,10 +1,12 @@
 """The trainer's compiled step on random tokens, for benchmarks of what it costs."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -70,12 +72,19 @@ def random_model(
     def new() -> Llama:
         return Llama(shape, rngs=nnx.Rngs(0), **options)
 
-    @jax.jit
-    def create() -> nnx.State:
-        return nnx.state(new())
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        # Compiled once for a shape: the model's own initializers, all in one program,
+        # take a GPU's compiler more than a minute.
+        if len(like.shape) < 2:
+            return jnp.ones(like.shape, like.dtype)
+        return 0.02 * jax.random.normal(key, like.shape, like.dtype)
 
-    graph, _ = nnx.split(nnx.eval_shape(new))
-    return graph, jax.device_put(create(), replicated(mesh))
+    graph, shapes = nnx.split(nnx.eval_shape(new))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    params = jax.tree.unflatten(tree, map(draw, keys, leaves))
+    return graph, jax.device_put(params, replicated(mesh))
 
 
 def batch_of(tokens: np.ndarray, answer_share: float) -> dict[str, np.ndarray]:

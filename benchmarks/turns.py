@@ -1,6 +1,8 @@
 """Optimizers' steps timed in turns: their ratios hold also where a machine is noisy."""
 
 import functools
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -62,12 +64,15 @@ def prepare(
     steps: int,
 ) -> tuple[dict[str, list[Any]], Iterable[Any]]:
     """What :func:`take_turns` takes, and the gradients of so many steps."""
-    names = list(shapes)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    ends = list(itertools.accumulate(sizes))
 
     def normal(seed: jax.Array) -> dict[str, jax.Array]:
-        keys = jax.random.split(jax.random.key(seed), len(names))
-        draws = zip(names, keys, strict=True)
-        return {name: jax.random.normal(key, shapes[name]) for name, key in draws}
+        # In one draw: a program with one a leaf takes a GPU's compiler a minute.
+        flat = jax.random.normal(jax.random.key(seed), (ends[-1],))
+        leaves = jnp.split(flat, ends[:-1])
+        pairs = zip(shapes.items(), leaves, strict=True)
+        return {name: leaf.reshape(shape) for (name, shape), leaf in pairs}
 
     fixed = jax.jit(normal)(0)
 
