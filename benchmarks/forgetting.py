@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = measure(args)
         done, wanted = len(results["runs"]), results.pop("wanted")
         if done < wanted:
-            print(f"{done} of {wanted} runs; the same command goes on")
+            print(f"{done} of {wanted} runs; the same command resumes")
         if not results["pretrained"]:  # no run has come to its end
             return
         publish(results, args.output, report, plot)

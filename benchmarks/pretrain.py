@@ -58,7 +58,7 @@ class Args:
     """Tokens per row; the model takes twice as many."""
     learning_rate: float = 6e-4
     dtype: DTypeName = "bfloat16"
-    """Of the computation."""
+    """Precision of the computation."""
 
 
 def pretrain(args: Args) -> dict[str, float]:

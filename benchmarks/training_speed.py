@@ -54,7 +54,7 @@ class Args:
     answer_share: float = 0.5
     """Share of a row, at its end, that is an answer: what the loss counts."""
     dtype: str = "float32"
-    """Of the computation."""
+    """Precision of the computation."""
     param_dtype: str = "float32"
     """Of the parameters."""
     remat: str = "none"

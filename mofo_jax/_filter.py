@@ -42,8 +42,8 @@ class FilterByMomentumState(NamedTuple):
         finds the inner one.
       threshold: int32 vector, for each block of the filtered leaves in order the bits
         of a magnitude that exactly the selected scores reach, ties aside (the upper 32
-        bits of a float64), -1 before the first step. The next search starts there. It
-        decides how long that takes, never what is selected, so any integers will do.
+        bits of a float64), -1 before the first step. The next search starts there. Any
+        value is valid: only the speed depends on it, never what is selected.
     """
 
     inner_state: optax.OptState

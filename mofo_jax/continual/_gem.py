@@ -142,7 +142,7 @@ def _complementary(matrix: jax.Array, target: jax.Array) -> jax.Array:
 
     def unsolved(carry: Any) -> jax.Array:
         step, _, _, wrong = carry
-        # Rounding could let it go round in a circle.
+        # Rounding could make it cycle.
         going_on: jax.Array = (step < 100 * count) & jnp.any(wrong)
         return going_on
 

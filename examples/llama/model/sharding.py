@@ -151,7 +151,7 @@ def state_shardings(
 ) -> Any:
     """Shardings of the optimizer's state: moments like parameters, the rest whole."""
 
-    def masked(x: Any) -> bool:  # a moment that there is not, in HFT
+    def masked(x: Any) -> bool:  # a masked moment, in HFT
         return isinstance(x, optax.MaskedNode)
 
     return optax.tree.map_params(

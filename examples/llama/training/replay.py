@@ -48,8 +48,9 @@ def load_data(
         )
         say(
             f"{path}: {len(found)} rows of up to {config.max_length} tokens; "
-            f"{found.truncated} records cut, {found.dropped} dropped for no answer "
-            f"token was left, {len(found.bad)} malformed ones skipped"
+            f"{found.truncated} records truncated, {found.dropped} dropped, as "
+            "truncation left no answer tokens, "
+            f"{len(found.bad)} malformed ones skipped"
         )
         for reason in found.bad[:3]:
             say(f"  {reason}")
