@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # On Linux, huge pages: a training step on the CPU takes a quarter less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart smollm2 test test-fast test-slow test-notebooks test-oldest test-tunix parity docs rooms lint format clean
+.PHONY: quickstart smollm2 test test-fast test-slow test-faults test-notebooks test-oldest test-tunix parity docs rooms lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ test-fast: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# System calls that fail, kills, a lost host; needs gcc and Linux.
+test-faults: $(VENV)/installed
+	$(BIN)/python -m tests.faults
 
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest tests/parity

@@ -14,6 +14,7 @@ import tyro
 
 from examples import terminal
 from examples.checks import check_name
+from examples.llama.checkpoints.directories import write_sums
 from examples.llama.checkpoints.gguf_export import (
     Kind,
     check_gguf_destination,
@@ -79,6 +80,7 @@ def convert(args: Args) -> None:
     else:
         save_hugging_face(model, args.output, source=args.model)
         save_tokenizer(tokenizer, args.output)
+        write_sums(args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import tyro
 
 from examples import terminal
 from examples.checks import check_seed
-from examples.llama.checkpoints.loading import load_model
+from examples.llama.checkpoints.loading import check_finite, load_model
 from examples.llama.evaluation.conversation import Conversation
 from examples.llama.model.generation import generate
 from examples.llama.model.llama import Llama
@@ -125,6 +125,7 @@ def _load(args: Args) -> tuple[Llama, Tokenizer]:
         _check_text(name, getattr(args, name) or "")
     path = tokenizer_path(args.tokenizer, args.model)
     model = load_model(args.model, adapter=args.adapter)
+    check_finite(model, args.adapter or args.model)
     return model, load_tokenizer(path, model.config.vocab_size)
 
 

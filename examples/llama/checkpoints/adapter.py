@@ -16,6 +16,7 @@ import numpy as np
 
 from examples.files import read_json_object, write_json
 from examples.llama.checkpoints.directories import (
+    SUMS,
     TOKENIZER,
     gathered,
     save_directory,
@@ -34,7 +35,9 @@ from examples.llama.model.parameters import Sharding
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 # What a saved adapter's directory holds, the tokenizer's files included.
-OURS = re.compile(rf"adapter_config\.json|adapter_model\.safetensors|{TOKENIZER}")
+OURS = re.compile(
+    rf"adapter_config\.json|adapter_model\.safetensors|{TOKENIZER}|{SUMS}"
+)
 # How A and B started. The other ways that PEFT knows change the base's weights.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Settings that are read below, that tensors tell, or that do not matter once trained.

@@ -12,9 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.checks import check_writable
+from examples.files import sha256, sync, write_bytes
 from examples.llama.checkpoints.safetensors_files import written_here
 
 TOKENIZER = r"tokenizer(_config)?\.json|special_tokens_map\.json|chat_template\.jinja"
+SUMS = "SHA256SUMS"  # what `sha256sum --check` reads
 
 
 def gathered(arrays: Iterable[jax.Array], dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -104,8 +106,19 @@ def _replacing(directory: Path, ours: re.Pattern[str], what: str) -> Iterator[Pa
     except (OSError, ValueError):
         shutil.rmtree(staging, ignore_errors=True)  # gives a full disk its space back
         raise
+    for file in staging.iterdir():
+        sync(file)
+    sync(staging)
     if directory.exists():
         shutil.rmtree(previous, ignore_errors=True)
         directory.rename(previous)
     staging.rename(directory)
+    sync(directory.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_sums(directory: Path) -> None:
+    """Writes the digests of a directory's files, for `sha256sum --check SHA256SUMS`."""
+    files = sorted(x for x in directory.iterdir() if x.is_file() and x.name != SUMS)
+    lines = [f"{sha256(file)}  {file.name}\n" for file in files]
+    write_bytes(directory / SUMS, "".join(lines).encode())

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from examples.gguf_files import is_gguf, read_header
 from examples.llama.checkpoints.directories import (
+    SUMS,
     TOKENIZER,
     check_directory,
     save_directory,
@@ -57,7 +58,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a saved model's directory holds, the tokenizer's files included.
 OURS = re.compile(
     r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors"
-    rf"|model\.safetensors\.index\.json|{TOKENIZER}"
+    rf"|model\.safetensors\.index\.json|{TOKENIZER}|{SUMS}"
 )
 WHAT = "a model"
 

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 
 from examples.gguf_files import is_gguf
@@ -47,3 +49,26 @@ def load_model(
     if adapter is not None:
         load_adapter(model, adapter, sharding=sharding)
     return model
+
+
+def check_finite(model: Llama, path: str | os.PathLike[str]) -> None:
+    """Raises ValueError, which names the parameter, where a weight is not finite.
+
+    Such a model answers with nothing, or with anything. `path` is what it came from.
+    """
+    params = nnx.state(model, (nnx.Param, nnx.LoRAParam))
+    counts = {
+        "/".join(map(str, name)): (_count_odd(leaf[...]), str(leaf.dtype))
+        for name, leaf in nnx.to_flat_state(params)
+    }
+    for name, (count, dtype) in counts.items():
+        if count:
+            raise ValueError(
+                f"{path}: {count} entries of {name} are not finite in {dtype}: the "
+                "file is damaged, or it is of a run that diverged"
+            )
+
+
+@jax.jit
+def _count_odd(x: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)

@@ -18,7 +18,7 @@ from lm_eval.utils import make_table
 
 from examples.checks import check_least, check_seed
 from examples.environment import environment
-from examples.llama.checkpoints.loading import load_model
+from examples.llama.checkpoints.loading import check_finite, load_model
 from examples.llama.evaluation.harness import JaxLM
 from examples.llama.evaluation.probes import measure_instructions, measure_knowledge
 from examples.llama.evaluation.probes import table as probes_table
@@ -109,6 +109,7 @@ def evaluate(args: Args) -> dict[str, Any]:
         sharding=parameter_sharding(mesh),
         adapter=args.adapter,
     )
+    check_finite(model, args.adapter or args.model)
     tokenizer = load_tokenizer(args.tokenizer or args.model, model.config.vocab_size)
     found: dict[str, Any] = {}
     with jax.set_mesh(mesh):

@@ -68,10 +68,8 @@ def check(config: Config) -> None:
     tokenizer_path(config.tokenizer, config.model)
     if config.knowledge not in (None, WORLD):
         Path(config.knowledge).stat()
-    mixed = (source.path for source in (*config.sources, *config.replayed))
-    for path in (*mixed, *config.gem, config.eval_data, config.fisher_data):
-        if path not in (None, SELF) and not path.startswith("hf:"):
-            Path(path).stat()
+    for path in config.record_files:
+        path.stat()
     if (source := config.importance_source) not in (None, SELF):
         if not Path(source).is_file():
             raise ValueError(

@@ -77,7 +77,7 @@ class Config:
     alpha: float = 0.1
     """The fraction of each parameter that moves in a step, above 0 and up to 1."""
     learning_rate: float = 2e-5
-    """At its peak."""
+    """Learning rate at its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Down to 0 at the last step, or constant."""
     warmup_steps: int = 0
@@ -113,12 +113,12 @@ class Config:
     """Records for ewc, of what is to be kept, in any of the forms of --data; or self,
     texts that the pretrained model writes."""
     fisher_records: int = 128
-    """How many of them."""
+    """Number of records or texts for that estimate."""
     replay: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="FILE:SHARE")] = ()
     """Records to see again, SHARE rows of them for each row of --data; several times
     too. self:SHARE replays texts that the pretrained model writes by itself."""
     self_replay_rows: int = 256
-    """How many texts the pretrained model writes."""
+    """Number of texts that the pretrained model writes."""
     soft_targets: bool = True
     """Replay those texts by the pretrained model's predictions, not as plain text."""
     gem: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="FILE")] = ()
@@ -146,7 +146,7 @@ class Config:
 
     # Precision and devices
     dtype: DTypeName = "float32"
-    """Of the computation."""
+    """Precision of the computation."""
     param_dtype: DTypeName = "float32"
     """Precision of the parameters. With LoRA, those are frozen, and what LoRA adds is
     float32."""
@@ -162,7 +162,7 @@ class Config:
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int | None = None
     """Which of them this is, from 0."""
 
@@ -174,14 +174,16 @@ class Config:
     take as much memory as the parameters."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
+    resume_from: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None
+    """Resume from the checkpoint of this step; by default the newest good one."""
     keep: int = 2
-    """How many checkpoints stay."""
+    """Number of checkpoints to keep."""
     report: bool = True
     """Write report.html and losses.png at the end."""
     samples: int = 3
     """Answers that the report shows, before and after."""
     export_dtype: DTypeName | None = None
-    """Of the exported model; by default the parameters'."""
+    """Precision of the exported model; by default that of the parameters."""
 
     # The same as typed values. What is wrong with a text is a ValueError here, which
     # `check` brings about before any work begins.
@@ -205,6 +207,17 @@ class Config:
         """The share of what the pretrained model writes, where that is replayed."""
         shares = (source.weight for source in self.replayed if source.path == SELF)
         return next(shares, None)
+
+    @property
+    def record_files(self) -> tuple[Path, ...]:
+        """All files of records. Data sets of the hub are none, nor is self."""
+        mixed = (source.path for source in (*self.sources, *self.replayed))
+        names = (*mixed, *self.gem, self.eval_data, self.fisher_data)
+        return tuple(
+            Path(name)
+            for name in names
+            if name not in (None, SELF) and not name.startswith("hf:")
+        )
 
     @property
     def importance_source(self) -> str | None:

@@ -15,13 +15,15 @@ from tqdm import tqdm
 
 from examples import terminal
 from examples.environment import environment
-from examples.files import write_json
+from examples.files import locked, write_json
 from examples.llama.model.flops import peak_flops, training_flops
 from examples.llama.model.loss import next_token_loss
 from examples.llama.model.sharding import put_batch
 from examples.llama.reporting.measured import MEASURES
 from examples.llama.text.rows import records_of
-from examples.llama.training.checkpoint import Checkpoints, check_space
+from examples.llama.training import inputs
+from examples.llama.training.checkpoint import Checkpoint, Checkpoints, check_space
+from examples.llama.training.checks import check
 from examples.llama.training.config import Config
 from examples.llama.training.importance import save_importance
 from examples.llama.training.log import MetricsLog
@@ -71,15 +73,35 @@ def train(
       FloatingPointError: A loss or gradient is not finite.
       terminal.Stopped: A signal came; a checkpoint has been written.
     """
+    check(config)
     first = jax.process_index() == 0
-    progress = progress and first
+    with locked(config.output) if first else contextlib.nullcontext():
+        return _train(
+            config,
+            progress=progress and first,
+            optimizer=optimizer,
+            loss=loss,
+            before=before,
+        )
+
+
+def _train(
+    config: Config,
+    *,
+    progress: bool,
+    optimizer: MakeOptimizer,
+    loss: Loss,
+    before: dict[str, float] | None,
+) -> dict[str, Any]:
+    first = jax.process_index() == 0
     say = tqdm.write if progress else lambda _: None
     run = set_up(config, say, progress=progress, optimizer=optimizer, loss=loss)
     output = config.output
     check_space(output, run.state, config.keep)
     if first and not (output / "config.json").exists():
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "config.json", settings(config))
+    if first and not (output / inputs.FILE).exists():
+        write_json(output / inputs.FILE, inputs.digests(config))
     if first and not (output / "samples.json").exists():
         write_json(output / "run.json", describe(run) | environment())
         if run.datasets.written is not None:
@@ -88,9 +110,12 @@ def train(
         # Of the pretrained model, also where an earlier process was killed before this.
         write_json(output / "samples.json", sample(run, run.state.params))
     checkpoints = Checkpoints(output / "checkpoints", keep=config.keep)
-    log = MetricsLog(output, checkpoints.latest, first)
+    resumed = checkpoints.restore(
+        run.state, step=config.resume_from, warn=lambda text: say(f"warning: {text}")
+    )
+    log = MetricsLog(output, None if resumed is None else resumed.step, first)
     try:
-        loop = _Loop(run, checkpoints, log, progress=progress, before=before)
+        loop = _Loop(run, checkpoints, resumed, log, progress=progress, before=before)
         # Several processes need JAX's own handler of SIGTERM; see `_stopping`.
         stop = terminal.StopRequest()
         alone = jax.process_count() == 1
@@ -111,7 +136,7 @@ def train(
         "preparing": run.preparing,
         "bytes": loop.bytes,
     }
-    result = finish(run, loop.state, speed)
+    result = finish(run, loop.state, loop.evaluations, speed)
     say(f"{'':54}{'before':>10}{'after':>10}")
     for name, value in result["before"].items():
         label = MEASURES[name].label
@@ -131,6 +156,7 @@ class _Loop:
         self,
         run: Run,
         checkpoints: Checkpoints,
+        resumed: Checkpoint | None,
         log: MetricsLog,
         *,
         progress: bool,
@@ -142,10 +168,15 @@ class _Loop:
         self.training = run.datasets.training
         self.batches = Streams(run.datasets, config)
         self.say = tqdm.write if progress else lambda _: None
-        self.state, self.first = run.state, checkpoints.latest
-        if self.first is not None:
-            self.state, position = checkpoints.restore(self.state)
-            self.batches.set_state(position)
+        self.state, self.first = run.state, None
+        # The first and the last, by step. They are in each checkpoint, so that the
+        # results do not depend on metrics.jsonl.
+        self.evaluations: dict[int, dict[str, float]] = {}
+        if resumed is not None:
+            self.first, self.state = resumed.step, resumed.state
+            self.batches.set_state(resumed.data["position"])
+            evaluations = resumed.data["evaluations"].items()
+            self.evaluations = {int(step): values for step, values in evaluations}
             self.say(f"resuming from the checkpoint of step {self.first}")
         peak, source = peak_flops(jax.local_devices()[0], config.dtype)
         self.peak = peak * run.mesh.size
@@ -191,7 +222,9 @@ class _Loop:
             if evaluating:
                 self.evaluate(step)
             if saving:
-                self.checkpoints.save(step, self.state, self.batches.get_state())
+                position, evaluations = self.batches.get_state(), self.evaluations
+                data = {"position": position, "evaluations": evaluations}
+                self.checkpoints.save(step, self.state, data)
             if signum:
                 self.checkpoints.finish()
                 raise terminal.Stopped(
@@ -270,6 +303,8 @@ class _Loop:
     def evaluate(self, step: int, known: dict[str, float] | None = None) -> None:
         self.bar.set_description("evaluating")
         values = known or self.run.measures(self.state.params)
+        first = self.evaluations.get(0, values)
+        self.evaluations = {0: first, step: values}
         self.log.write(step, values, "eval")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step}: {shown}")

@@ -12,7 +12,9 @@ import msgspec
 import tyro
 
 from examples.files import read_json_object
-from examples.llama.training.config import Config
+from examples.llama.evaluation.questions import WORLD
+from examples.llama.text.records import parse_source
+from examples.llama.training.config import SELF, Config
 from examples.llama.training.presets import PRESETS
 
 # Flags that may be given several times, each time with one more value.
@@ -83,12 +85,27 @@ def _to_path(kind: type, value: Any) -> Path:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """All settings as JSON has them, with absolute paths of files."""
+    """All settings as JSON has them, which mean the same from any directory."""
     values = dataclasses.asdict(config)
-    return {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in values.items()
-    }
+    return {name: _absolute(name, value) for name, value in values.items()}
+
+
+def _absolute(setting: str, value: Any) -> Any:
+    """A setting with absolute paths of files, in texts too that have more than that."""
+    if isinstance(value, Path):
+        return str(value.resolve())
+    if setting in ("data", "replay", "gem"):
+        return tuple(map(_absolute_source, value))
+    if setting in ("eval_data", "fisher_data", "knowledge", "importance"):
+        return None if value is None else _absolute_source(value)
+    return value
+
+
+def _absolute_source(text: str) -> str:
+    path = parse_source(text).path
+    if path in (SELF, WORLD) or path.startswith("hf:"):
+        return text
+    return f"{Path(path).resolve()}{text.removeprefix(path)}"
 
 
 def same_run(config: Config, path: Path) -> None:
@@ -96,7 +113,7 @@ def same_run(config: Config, path: Path) -> None:
     stored = read_json_object(path)
     # What may differ between the parts of a run, which changes nothing but rounding.
     free = {"preset", "config", "distributed", "coordinator", "processes", "process_id"}
-    free |= {"mesh", "save_every", "keep", "report", "lora_merge"}
+    free |= {"mesh", "save_every", "resume_from", "keep", "report", "lora_merge"}
     # Through JSON, in which data's tuple is a list.
     for name, value in json.loads(json.dumps(settings(config))).items():
         if name not in free and stored.get(name) != value:

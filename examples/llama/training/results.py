@@ -12,12 +12,12 @@ from flax import nnx
 
 from examples.files import write_json
 from examples.llama.checkpoints.adapter import save_adapter
+from examples.llama.checkpoints.directories import write_sums
 from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.evaluation.answers import complete
 from examples.llama.model.llama import Llama
 from examples.llama.model.lora import merge_lora
 from examples.llama.model.sharding import shardings_of
-from examples.llama.reporting.measured import MEASURES
 from examples.llama.reporting.report import plot_losses, write_report
 from examples.llama.text.tokenizer import save_tokenizer
 from examples.llama.training.config import Config
@@ -117,10 +117,23 @@ def export(run: Run, params: nnx.State) -> None:
             save_hugging_face(model, directory, dtype=dtype, source=config.model)
         if jax.process_index() == 0:
             save_tokenizer(run.tokenizer, directory)
+            write_sums(directory)
 
 
-def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]:
-    """Exports what was trained and writes the report; returns what `train` does."""
+def finish(
+    run: Run,
+    state: TrainState,
+    evaluations: dict[int, dict[str, float]],
+    speed: dict[str, Any],
+) -> dict[str, Any]:
+    """Exports what was trained and writes the report; returns what `train` does.
+
+    Args:
+      run: The run.
+      state: After its last step.
+      evaluations: By step; those of step 0 and of the last step are the results.
+      speed: What `train` returns besides them.
+    """
     config, output = run.config, run.config.output
     export(run, state.params)
     # All processes take part in the reductions of this, though one alone writes.
@@ -128,16 +141,11 @@ def finish(run: Run, state: TrainState, speed: dict[str, Any]) -> dict[str, Any]
     importance, steps = run.importance, None
     if config.report and importance is not None:
         steps = step_sizes(importance, state.params)
-    metrics = read_metrics(output / "metrics.jsonl")
-    evaluations = [
-        {name: line[name] for name in MEASURES if name in line}
-        for line in metrics
-        if "loss" not in line
-    ]
-    result = {"before": evaluations[0], "after": evaluations[-1], **speed}
+    result = {"before": evaluations[0], "after": evaluations[run.steps], **speed}
     if jax.process_index() > 0:
         return result
     if config.report:
+        metrics = read_metrics(output / "metrics.jsonl")
         samples = json.loads((output / "samples.json").read_text())
         for line, later in zip(samples, sample(run, state.params), strict=True):
             line["before"], line["after"] = line.pop("answer"), later["answer"]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from examples import terminal
 from examples.checks import check_least, check_name
-from examples.files import read_json_object, write_json, write_json_lines
+from examples.files import locked, read_json_object, write_json, write_json_lines
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.evaluation.answers import answer
 from examples.llama.evaluation.task_metrics import METRICS
@@ -146,6 +146,13 @@ def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str,
     check(start)
     if start.distributed:
         raise ValueError("distributed is not for continual, which is one process")
+    with locked(args.output):
+        return _run(args, flags, tasks, progress)
+
+
+def _run(
+    args: Args, flags: Sequence[str], tasks: list[Task], progress: bool
+) -> dict[str, Any]:
     path = args.output / "scores.json"
     fixed = {
         "tasks": [task.name for task in tasks],
@@ -153,12 +160,12 @@ def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str,
         "test_records": args.test_records,
         "max_new_tokens": args.max_new_tokens,
     }
+    start = task_config(args, flags, tasks, 0)
     results: dict[str, Any] = fixed | {"before": None, "scores": []}
     if path.exists():
         results = _scored(path, fixed)
     if results["before"] is None:
         results["before"] = _scores(args, start, start.model, tasks, progress)
-        args.output.mkdir(parents=True, exist_ok=True)
         write_json(path, results)
     for t in range(len(results["scores"]), len(tasks)):
         config = task_config(args, flags, tasks, t)

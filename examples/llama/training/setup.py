@@ -30,6 +30,7 @@ from examples.llama.model.sharding import (
 )
 from examples.llama.text.rows import Dataset
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
+from examples.llama.training import inputs
 from examples.llama.training.checks import check
 from examples.llama.training.config import Config
 from examples.llama.training.fisher import estimate_fisher
@@ -239,8 +240,13 @@ def check_output(config: Config) -> None:
         same_run(config, output / "config.json")
         if (output / "result.json").exists():
             raise ValueError(f"{output}: holds this run already, and it is finished")
-    elif output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output}: not empty, and it holds no run to resume")
+        if (output / inputs.FILE).exists():
+            inputs.check_same(config, output / inputs.FILE)
+    elif output.exists():
+        # Hidden files are the lock, and what a process left that was killed at once.
+        visible = [path for path in output.iterdir() if not path.name.startswith(".")]
+        if visible:
+            raise ValueError(f"{output}: not empty, and it holds no run to resume")
 
 
 def by_name(datasets: Datasets) -> dict[str, Dataset]:

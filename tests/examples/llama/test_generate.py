@@ -373,3 +373,18 @@ def test_command_without_a_tokenizer(tmp_path, capsys):
         main(["--model", str(path)])
     expected = f"tokenizer must be given, {path} is neither a directory nor GGUF"
     assert capsys.readouterr().err == f"generate: {expected}\n"
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_weights_that_are_not_finite(small, tmp_path, capsys, odd):
+    model = load_model(small[1])
+    kernel = model.layers[0].mlp.up_proj.kernel
+    kernel[...] = kernel[...].at[1, 2].set(odd)
+    save_hugging_face(model, tmp_path / "odd")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(tmp_path / "odd"), *small[2:]])
+    expected = (
+        f"generate: {tmp_path / 'odd'}: 1 entries of layers/0/mlp/up_proj/kernel are "
+        "not finite in float32"
+    )
+    assert capsys.readouterr().err.startswith(expected)

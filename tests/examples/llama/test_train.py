@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -162,10 +163,13 @@ def test_tensorboard(run):
 def test_what_a_run_leaves(files, run):
     output, result = run("mofo", **SHOWN)
     assert {path.name for path in output.iterdir()} == {
-        "checkpoints", "config.json", "losses.png", "metrics.jsonl", "model",
-        "report.html", "result.json", "run.json", "samples.json", "tensorboard",
+        "checkpoints", "config.json", "inputs.json", "losses.png", "metrics.jsonl",
+        "model", "report.html", "result.json", "run.json", "samples.json",
+        "tensorboard",
     }  # fmt: skip
     assert json.loads((output / "result.json").read_text()) == result
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    subprocess.run(command, cwd=output / "model", check=True, capture_output=True)
     found = json.loads((output / "config.json").read_text())
     assert found["model"] == str(files["model"]) and found["alpha"] == 0.1
     facts = json.loads((output / "run.json").read_text())
@@ -311,7 +315,7 @@ BAD = [
     ),
     ({"lora_rank": 99}, "lora_rank must be 1 to 16, got 99"),
     ({"output": Path("full")}, "full: not empty, and it holds no run to resume"),
-    ({"output": Path("/proc/absent")}, "/proc/absent: "),
+    ({"output": Path("/proc/absent")}, "No such file or directory: '/proc/absent'"),
 ]
 
 
@@ -431,7 +435,7 @@ def test_command_on_the_real_model(data_dir, tmp_path):
         assert re.fullmatch(r"[\d,]+ tokens/s, MFU \d+\.\d%", speed)
         assert model == f"model: {tmp_path / method / 'model'}"
         assert report == f"report: {tmp_path / method / 'report.html'}"
-        assert re.search(r"\d+ records cut, \d+ dropped for no answer token", out)
+        assert re.search(r"\d+ records truncated, \d+ dropped, as truncation left", out)
         bar = err.split("\r")
         pattern = (
             r"training: 100%\|.*\| 8/8 \[.*, loss \d+\.\d{3}, [\d,]+ tokens/s, "

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +55,8 @@ def test_round_trip(tmp_path, state):
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest == 3 and str(tmp_path / "3") in again.where()
     like = jax.tree.map(jnp.zeros_like, state)
-    restored, position = again.restore(like)
-    assert position == with_position
+    step, restored, data = again.restore(like)
+    assert (step, data) == (3, with_position)
     leaves = (jax.tree.leaves_with_path(s) for s in (state, restored))
     for (path, a), (_, b) in zip(*leaves, strict=True):
         assert a.dtype == b.dtype, path
@@ -70,7 +72,7 @@ def test_moves_to_another_mesh(tmp_path, state):
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
     )
-    restored, _ = checkpoints.restore(like)
+    restored = checkpoints.restore(like).state
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         assert len(b.sharding.device_set) == 4
@@ -113,6 +115,86 @@ def test_damaged(tmp_path, state):
     again.close()
 
 
+def flip_a_bit(directory, rng):
+    """Of the largest file of a checkpoint's arrays."""
+    path = max(directory.rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content) // 4, len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(bytes(content))
+
+
+def test_a_flipped_bit(tmp_path, state):
+    """The run resumes from the checkpoint before, and the damaged one is kept apart."""
+    directory, rng = tmp_path / "checkpoints", random.Random(0)
+    damaged = 0
+    for step in range(2, 14):
+        checkpoints = Checkpoints(directory, keep=2)
+        checkpoints.save(step - 1, state, {"step": step - 1})
+        checkpoints.save(step, state, {"step": step})
+        checkpoints.finish()
+        checkpoints.close()
+        flip_a_bit(directory / str(step) / "state", rng)
+        again = Checkpoints(directory, keep=2)
+        warnings = []
+        found = again.restore(state, warn=warnings.append)
+        again.close()
+        damaged += found.step == step - 1
+        if found.step == step - 1:
+            assert found.data == {"step": step - 1}
+            assert re.match(re.escape(f"{directory / str(step)}: "), warnings[0])
+            assert "resuming from an earlier checkpoint" in warnings[0]
+            assert (tmp_path / "checkpoints_aside" / str(step)).is_dir()
+            assert not (directory / str(step)).exists()
+        same = jax.tree.map(
+            lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(),
+            state, found.state,
+        )  # fmt: skip
+        assert all(jax.tree.leaves(same))  # whatever was hit, nothing else comes back
+        shutil.rmtree(tmp_path, ignore_errors=True)
+    assert damaged > 6  # the others hit bytes that say nothing of the arrays
+
+
+def test_all_damaged(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, state, {})
+    checkpoints.finish()
+    for step in (1, 2):
+        for path in (tmp_path / "checkpoints" / str(step) / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "checkpoints/2"))):
+        checkpoints.restore(state)
+    checkpoints.close()
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_resumes_from_an_earlier_step(tmp_path, state):
+    directory = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=3)
+    for step in (2, 4, 6):
+        checkpoints.save(step, state, step)
+    checkpoints.finish()
+    message = f"resume_from must be a step of a checkpoint in {directory}, 2, 4, 6;"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checkpoints.restore(state, step=5)
+    found = checkpoints.restore(state, step=4)
+    assert found.step == checkpoints.latest == found.data == 4
+    assert [path.name for path in (tmp_path / "checkpoints_aside").iterdir()] == ["6"]
+    checkpoints.save(6, state, {})  # its own
+    checkpoints.finish()
+    assert checkpoints.latest == 6
+    checkpoints.close()
+
+
+def test_no_checkpoint_yet(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.restore(state) is None
+    with pytest.raises(ValueError, match=r"resume_from must be .*, none; got 3"):
+        checkpoints.restore(state, step=3)
+    checkpoints.close()
+
+
 def test_no_room(tmp_path, state):
     check_space(tmp_path / "new" / "run", state, 2)
     huge = np.broadcast_to(np.float32(0), (1 << 50,))  # of no memory
@@ -152,6 +234,6 @@ def test_a_write_that_fails(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest == 1
     like = {"x": jnp.zeros(1 << 20)}
-    restored, _ = checkpoints.restore(like)
+    restored = checkpoints.restore(like).state
     np.testing.assert_array_equal(restored["x"], np.arange(1 << 20, dtype=np.float32))
     checkpoints.close()

@@ -56,10 +56,13 @@ def test_the_papers_numbers():
 def test_file(tmp_path):
     """What a run has saved gives the same run; flags win over it, it over a preset."""
     path = tmp_path / "config.json"
-    first = parsed("--preset=tinyllama-trace", *REQUIRED[:3], "--data=e", "--pack")
+    flags = ["--data=e:2", "--data=hf:f", "--replay=self:0.5", "--replay=g:1", "--pack"]
+    first = parsed("--preset=tinyllama-trace", *REQUIRED[:3], *flags)
     path.write_text(json.dumps(settings(first)))
     again = parsed("--config", str(path))
-    names = {"preset", "config", "model", "output"}
+    assert again.data == (str(Path("d").resolve()), f"{Path('e').resolve()}:2", "hf:f")
+    assert again.replay == ("self:0.5", f"{Path('g').resolve()}:1")
+    names = {"preset", "config", "model", "output", "data", "replay"}
     for field in dataclasses.fields(Config):
         if field.name not in names:
             assert getattr(again, field.name) == getattr(first, field.name), field.name

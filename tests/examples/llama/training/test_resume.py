@@ -1,16 +1,21 @@
 """Runs that are killed or stopped, and resume as if nothing had happened."""
 
+import dataclasses
 import json
+import os
 import random
 import re
 import resource
 import signal
+import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from examples.llama.training.loop import train
 from tests.examples.llama.runs import (
+    ROOT,
     config_of,
     finished,
     metrics_of,
@@ -238,6 +243,86 @@ def test_other_settings_are_refused(world, tmp_path):
     ):
         train(config(world, output, learning_rate=3e-3))
     assert lines(output) > 5
+
+
+def test_two_processes_on_one_output(world, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    process = start(config(world, output), world[1])
+    wait_for(lambda: lines(output) > 5, process)
+    _, err = run(world, output, code=2)
+    where = f"{output}: process {process.pid} on {socket.gethostname()} is writing"
+    assert err.startswith(f"train: {where}")
+    finished(process)
+    same_as(undisturbed, output)
+
+
+def test_other_files_are_refused(world, tmp_path):
+    """By their content; from another directory, and touched, they are the same."""
+    files = write_files(tmp_path)
+    output = tmp_path / "run"
+    relative = {"data": (os.path.relpath(files["data"][0], ROOT) + ":2",)}
+    given = config_of(files | relative, output, save_every=2)
+    process = start(dataclasses.replace(given, steps=STEPS), world[1])
+    wait_for(lambda: lines(output) > 5, process)
+    process.kill()
+    process.communicate()
+    given = dataclasses.replace(given, steps=STEPS, data=(f"{files['data'][0]}:2",))
+    model, tokenizer = (files["model"] / x for x in ("config.json", "tokenizer.json"))
+    for path in (Path(files["data"][0]), files["retain_data"], model, tokenizer):
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        with pytest.raises(ValueError, match=re.escape(f"{path}: has changed since")):
+            train(given)
+        path.write_bytes(before)
+    out, _ = finished(start(given, world[1]))
+    assert "resuming from the checkpoint" in out
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_without_its_metrics(world, undisturbed, tmp_path, damage):
+    """The results do not depend on them, and a damaged line is named."""
+    output = tmp_path / "run"
+    process = start(config(world, output), world[1])
+    wait_for(lambda: lines(output) > 30, process)
+    process.kill()
+    process.communicate()
+    path = output / "metrics.jsonl"
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100] + b"\n" + path.read_bytes()[130:])
+        _, err = run(world, output, code=2)
+        assert re.match(rf"train: {re.escape(str(path))}, line \d: ", err)
+        path.write_bytes(b"")
+    run(world, output)
+    assert tensors_of(output / "model") == undisturbed[0]
+    result = json.loads((output / "result.json").read_text())
+    for name, line in (("before", undisturbed[1][0]), ("after", undisturbed[1][-1])):
+        assert result[name] == {k: v for k, v in line.items() if k != "step"}
+
+
+def test_a_damaged_checkpoint(world, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    process = start(config(world, output), world[1])
+    wait_for(lambda: lines(output) > 20, process)
+    process.send_signal(signal.SIGTERM)
+    finished(process, 143)
+    steps = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+    for path in (output / "checkpoints" / str(steps[-1]) / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-20])
+    out, _ = run(world, output)
+    assert f"warning: {output / 'checkpoints' / str(steps[-1])}: " in out
+    assert f"resuming from the checkpoint of step {steps[-2]}\n" in out
+    same_as(undisturbed, output)
+
+
+def test_stray_files_of_a_dead_process(world, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    for name in (".config.json.4711", ".lock"):
+        (output / name).write_text("{")
+    run(world, output, steps=2)
 
 
 @pytest.mark.slow
