@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from examples.llama.text.records import read_records, read_text
-from examples.llama.text.templates import TEMPLATES, Example, split, tokenize
+from examples.llama.text.templates import TEMPLATES, Example, split_all, tokenize
 from examples.llama.text.tokenizer import Tokenizer
 
 # "tokens" int32, "loss_mask" bool, "segment_ids" int32 and "positions" int32, each
@@ -86,13 +86,13 @@ def load_dataset(
         raise ValueError(f"template must be paper or tokenizer, got {template!r}")
     records, bad = read_records(path, skip_bad=skip_bad)
     pieces = []
-    for record in records:
-        try:
-            pieces.append(split(record, tokenizer, template))
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            bad.append(str(error))
+    for found in split_all(records, tokenizer, template):
+        if not isinstance(found, ValueError):
+            pieces.append(found)
+        elif skip_bad:
+            bad.append(str(found))
+        else:
+            raise found
     examples, truncated, dropped = [], 0, 0
     for example in tokenize(pieces, tokenizer):
         short = Example(

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from examples.files import write_bytes, write_json
 from examples.gguf_files import is_gguf
-from examples.llama.text.chat_template import compile_chat_template
 from examples.llama.text.gguf_tokenizer import read_gguf_tokenizer
 from examples.llama.text.huggingface_tokenizer import read_huggingface_tokenizer
 from examples.llama.text.llama2c_tokenizer import load_llama2c_tokenizer
+from examples.llama.text.rendering import Chat, render
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +34,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     pad_id: int
     chat_template: str | None = None  # in Jinja, as Hugging Face's
+    template_file: str | None = None  # where it is from, for messages
 
     def __post_init__(self) -> None:
         self.backend.encode_special_tokens = True  # as plain text, that is
@@ -121,6 +121,8 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, as `transformers` has it; see `encode_chat`.
 
+        The template runs within the bounds of `text.rendering`.
+
         A template that asks for the date gets 26 July 2024, and so the same text on
         every day.
 
@@ -129,25 +131,34 @@ class Tokenizer:
           add_generation_prompt: Whether to end with what comes before an answer.
 
         Raises:
-          ValueError: The tokenizer has no template, or the template is invalid or
-            refuses the messages.
+          ValueError: The tokenizer has no template, or the template is invalid,
+            refuses the messages, or takes too much time or memory.
+        """
+        chat = Chat(messages, [(len(messages), add_generation_prompt)])
+        (texts,) = self.render_chats([chat])
+        if isinstance(texts, ValueError):
+            raise texts
+        return texts[0]
+
+    def render_chats(self, chats: Sequence[Chat]) -> list[list[str] | ValueError]:
+        """As `apply_chat_template`, of many conversations and their beginnings.
+
+        Returns:
+          The texts of each conversation, or what `apply_chat_template` raises.
         """
         if self.chat_template is None:
-            raise ValueError(
+            missing = (
                 "the tokenizer has no chat template; expected chat_template.jinja or "
                 '"chat_template" in tokenizer_config.json beside tokenizer.json'
             )
-        try:
-            return self._compiled_template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens(),
-            )
-        except Exception as error:  # a template can raise anything
-            kind = type(error).__name__
-            raise ValueError(f"the chat template fails: {kind}: {error}") from None
+            return [ValueError(missing) for _ in chats]
+        file = f" ({self.template_file})" if self.template_file else ""
+        return [
+            ValueError(f"the chat template fails: {found}{file}")
+            if isinstance(found, ValueError)
+            else found
+            for found in render(self.chat_template, chats, self._special_tokens())
+        ]
 
     def find_special_token(self, text: str) -> str | None:
         """A special token that `text` reads like somewhere, if there is one."""
@@ -208,11 +219,6 @@ class Tokenizer:
         anchor = self.encode("\0")
         plain = self.encode("\0a")[len(anchor) :] == self.encode("a")
         return ("", 0) if plain else ("\0", len(anchor))
-
-    @functools.cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        assert self.chat_template is not None, "apply_chat_template checks it"
-        return compile_chat_template(self.chat_template)
 
 
 def load_tokenizer(
