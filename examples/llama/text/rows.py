@@ -39,6 +39,7 @@ class Dataset:
     truncated: int = 0  # records longer than L tokens, whose first L were kept
     dropped: int = 0  # records not in here, as those had no counted token left
     bad: tuple[str, ...] = ()  # why records were skipped, with file and line
+    escaped: int = 0  # records whose text reads like a turn or a special token
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,6 +66,10 @@ def load_dataset(
     end token, all else is text whatever it reads. With the template "tokenizer" it is
     the tokenizer's own chat template that decides, also about the bos token. Plain
     text has both tokens around it, and all but the first count.
+
+    What a message says makes no turn, in either template: see
+    `examples.llama.text.guard`. Records with such text are kept, and counted as
+    `escaped`.
 
     Args:
       path: See `examples.llama.text.records.read_records`.
@@ -113,7 +118,11 @@ def load_dataset(
     make_rows = _packed_rows if pack else one_a_row
     rows = make_rows(examples, max_length, tokenizer.pad_id)
     return dataclasses.replace(
-        rows, truncated=truncated, dropped=dropped, bad=tuple(bad)
+        rows,
+        truncated=truncated,
+        dropped=dropped,
+        bad=tuple(bad),
+        escaped=sum(text.escaped for text in pieces),
     )
 
 

@@ -6,15 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.llama.text.guard import APART
 from examples.llama.text.records import Message, Record
 from examples.llama.text.rendering import Chat
 from examples.llama.text.tokenizer import Tokenizer
 
 TEMPLATES = ("paper", "tokenizer")
 _CHUNK = 1024  # records that are tokenized at the same time
-# Parts text that reads like a special token, so that it stays text. Unicode keeps these
-# characters free for uses such as this one.
-_APART = "\ufdd0\ufdd1"
 
 
 class Piece(NamedTuple):
@@ -31,6 +29,9 @@ class Pieces(NamedTuple):
     pieces: list[Piece]
     rendered: bool  # whether the text has its special tokens written out
     source: str
+    # Whether its text somewhere reads like a special token, or in a conversation like a
+    # mark of a turn. It stays text.
+    escaped: bool = False
 
 
 class Example(NamedTuple):
@@ -45,6 +46,10 @@ def split(
     record: Record, tokenizer: Tokenizer, template: str, *, prompt: bool = False
 ) -> Pieces:
     """Splits a record's text where the loss begins or ends to count.
+
+    No text of a message makes a turn; see `text.guard`. In plain text only special
+    tokens are kept from it, as it has no turns: it may itself be a conversation that
+    someone wrote out.
 
     Args:
       record: The record.
@@ -83,7 +88,7 @@ def split_all(
             if isinstance(content, tuple) and template == "tokenizer"
         ]
         texts = iter(tokenizer.render_chats(chats))
-        for (_, source), content in zip(chunk, contents, strict=True):
+        for (before, source), content in zip(chunk, contents, strict=True):
             try:
                 if isinstance(content, ValueError):
                     raise content
@@ -97,7 +102,8 @@ def split_all(
             except ValueError as error:
                 yield ValueError(f"{source}: {error}")
             else:
-                yield Pieces(pieces, rendered, source)
+                escaped = content != before or _special(before, tokenizer)
+                yield Pieces(pieces, rendered, source, escaped)
 
 
 def tokenize(texts: Iterable[Pieces], tokenizer: Tokenizer) -> Iterator[Example]:
@@ -170,27 +176,22 @@ def _paper(messages: Iterable[Message], prompt: bool) -> list[Piece]:
 def _as_text(
     record: Record, tokenizer: Tokenizer, template: str
 ) -> tuple[Message, ...] | str | ValueError:
-    """The record's content, with _APART in what would be a special token."""
-    if isinstance(record.content, str) or template == "paper":
+    """The record's content, in which no text of a message makes a turn."""
+    if isinstance(record.content, str):
         return record.content
     try:
         return tuple(
-            Message(role, _no_special(text, tokenizer)) for role, text in record.content
+            Message(role, tokenizer.as_text(role, text, template))
+            for role, text in record.content
         )
     except ValueError as error:
         return error
 
 
-def _no_special(text: str, tokenizer: Tokenizer) -> str:
-    """The text with _APART inside of all that reads like a special token."""
-    while token := tokenizer.find_special_token(text):
-        if len(token) == 1:
-            raise ValueError(
-                f"a message has the text {token!r}, which the tokenizer's template "
-                "makes a special token; expected other text, or template paper"
-            )
-        text = text.replace(token, token[0] + _APART + token[1:])
-    return text
+def _special(content: tuple[Message, ...] | str, tokenizer: Tokenizer) -> bool:
+    """Whether anything reads like a special token."""
+    texts = [content] if isinstance(content, str) else [text for _, text in content]
+    return any(tokenizer.find_special_token(text) is not None for text in texts)
 
 
 def _chat(content: Sequence[Message], prompt: bool) -> Chat:
@@ -230,10 +231,10 @@ def _rendered(
 
 
 def _parted(pieces: Iterable[Piece]) -> list[Piece]:
-    """The pieces in the parts between which no token reaches."""
+    """The pieces in the parts that `text.guard` makes."""
     found = []
     for text, counted, ended in pieces:
-        *first, last = text.split(_APART)
+        *first, last = text.split(APART)
         found += [Piece(part, counted) for part in first]
         found.append(Piece(last, counted, ended))
     return found
