@@ -5,12 +5,14 @@ memory without end. What holds:
 
 - Templates run in one child process, which is started at the first rendering and used
   for all. A signal of the system ends it when one rendering has computed for 5 seconds,
-  in whatever code that is, and this process ends it when it has had no answer for 60.
+  in whatever code that is. This process ends it when a request, of up to 64
+  conversations, takes 60 seconds.
 - On Linux the system gives the child no more than 512 MiB of addresses. Elsewhere, as
   on macOS, this process looks every 20 ms how much memory the child has and ends it
   above 512 MiB; what it takes between two looks is not bounded. A text of more than 32
   million characters, its messages apart, is refused as well.
-- A template that exceeded a limit is not started again while this process runs.
+- A template that exceeded a limit is not started again while this process runs. Of many
+  conversations in a request, each is then tried alone, up to the one that exceeds it.
 
 The child is no jail: it has the rights of the user, and only Jinja's sandbox keeps a
 template from files and the network. Windows is not supported.
@@ -33,11 +35,16 @@ from typing import Any, NamedTuple
 from examples.llama.text.chat_template import LENGTH, MEMORY, SECONDS, TOO_MUCH_MEMORY
 
 PATIENCE = 60  # seconds until an answer, however busy the machine is
+_AT_ONCE = 64  # conversations in a request
 _LOOK = 20  # milliseconds between two looks at the child's memory
 
 
 class TooMuch(Exception):
     """What a template takes more of than it may."""
+
+
+class Ended(TooMuch):
+    """Something else ended the process, which may be no fault of the template."""
 
 
 class _Child:
@@ -88,7 +95,7 @@ class _Child:
             if self._ready.poll(_LOOK):
                 part = os.read(self._answers.fileno(), min(count - len(data), 1 << 20))
                 if not part:
-                    raise TooMuch(self._end())
+                    raise self._end()
                 data += part
             elif _memory(self._process.pid) > MEMORY:
                 raise TooMuch(TOO_MUCH_MEMORY)
@@ -96,12 +103,12 @@ class _Child:
                 raise TooMuch(f"it gives no text within {PATIENCE} seconds")
         return bytes(data)
 
-    def _end(self) -> str:
+    def _end(self) -> TooMuch:
         """Why the process ended."""
         code = self._process.wait()
         if code == -signal.SIGPROF:
-            return f"it computes for more than {SECONDS} seconds"
-        return f"it ends the process that renders it, with exit code {code}"
+            return TooMuch(f"it computes for more than {SECONDS} seconds")
+        return Ended(f"it ends the process that renders it, with exit code {code}")
 
     def close(self) -> None:
         if self.owner == os.getpid():
@@ -144,12 +151,19 @@ def render(
     Raises:
       OSError: The process cannot be started.
     """
-    with _lock:
-        return _render(template, chats, variables)
+    found = []
+    for first in range(0, len(chats), _AT_ONCE):
+        with _lock:
+            found += _render(template, chats[first : first + _AT_ONCE], variables)
+    return found
 
 
 def _render(
-    template: str, chats: Sequence[Chat], variables: Mapping[str, Any]
+    template: str,
+    chats: Sequence[Chat],
+    variables: Mapping[str, Any],
+    *,
+    again: bool = True,
 ) -> list[list[str] | ValueError]:
     global _child
     if template in _refused:
@@ -174,9 +188,12 @@ def _render(
         _close()  # it may be in the middle of an answer
         if not isinstance(error, TooMuch):
             raise
+        if isinstance(error, Ended) and again:
+            return _render(template, chats, variables, again=False)
         if len(chats) > 1:  # which one is it?
             return [_render(template, [chat], variables)[0] for chat in chats]
-        _refused[template] = f"{error}, the most that is allowed"
+        allowed = "" if isinstance(error, Ended) else ", the most that is allowed"
+        _refused[template] = f"{error}{allowed}"
         return [ValueError(_refused[template])]
     return [
         ValueError(found) if isinstance(found, str) else found

@@ -1,9 +1,12 @@
 """Chat templates that loop or take memory end in an error, and others are untouched."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -133,6 +136,21 @@ def test_a_record_on_which_a_template_loops(tmp_path):
     assert len(dataset) == 2  # the template is not started again
     assert [x.split(": the")[0] for x in dataset.bad] == [f"{path}:3", f"{path}:4"]
     assert all(TIME in reason for reason in dataset.bad)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_process_that_something_else_ends(tmp_path):
+    tokenizer = tokenizer_with(tmp_path, CHATML_TEMPLATE)
+    text = tokenizer.apply_chat_template(CHAT)
+    children = [
+        int(pid)
+        for file in Path("/proc/self/task").glob("*/children")
+        for pid in file.read_text().split()
+        if b"chat_template" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(children) == 1
+    os.kill(children[0], signal.SIGKILL)
+    assert tokenizer.apply_chat_template(CHAT) == text
 
 
 def test_many_threads(tmp_path):
