@@ -5,6 +5,7 @@ Face models, so that both give the same results. PyTorch and transformers are no
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from examples.checks import check_least
 from examples.llama.model.generation import decode, left_padded, padded_width, prefill
 from examples.llama.model.llama import Llama
 from examples.llama.model.loss import log_probabilities
+from examples.llama.text.guard import APART
 from examples.llama.text.tokenizer import Tokenizer
 
 SCORED_AT_ONCE = 256  # tokens whose logits are in memory at once
@@ -92,10 +94,12 @@ class JaxLM(TemplateLM):
     ) -> list[int]:
         """Tokens of a text, in which a special token's name stands for it.
 
-        The start token goes in front, by default unless the text has it there already.
+        In what `apply_chat_template` gives, this holds for the template's own text
+        alone. The start token goes in front, by default unless the text has it already.
         """
         bos = self.tokenizer.bos_id
-        tokens = self.tokenizer.encode_chat(string).ids
+        (parts,) = self.tokenizer.encode_pieces([string.split(APART)], chat=True)
+        tokens = list(itertools.chain(*parts))
         if add_special_tokens is None:
             add_special_tokens = tokens[:1] != [bos]
         return [bos, *tokens] if add_special_tokens and bos is not None else tokens

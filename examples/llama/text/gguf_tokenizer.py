@@ -133,6 +133,7 @@ def read_gguf_tokenizer(path: Path, vocab_size: int | None) -> dict[str, Any]:
         "eos_ids": eos_ids,
         "pad_id": ids.get("padding_token_id", ids.get("unknown_token_id", eos_ids[0])),
         "chat_template": template,
+        "template_file": str(path),
     }
 
 

@@ -61,12 +61,14 @@ def read_huggingface_tokenizer(path: Path, vocab_size: int | None) -> dict[str, 
             f"{path.parent}: no end token; expected eos_token in tokenizer_config.json "
             "or special_tokens_map.json, or eos_token_id in generation_config.json"
         )
+    template, template_file = _chat_template(path, files["tokenizer_config.json"])
     return {
         "backend": backend,
         "bos_id": ids.get("bos_token"),
         "eos_ids": tuple(dict.fromkeys(eos_ids)),
         "pad_id": ids.get("pad_token", ids.get("unk_token", eos_ids[0])),
-        "chat_template": _chat_template(path, files["tokenizer_config.json"]),
+        "chat_template": template,
+        "template_file": str(template_file),
     }
 
 
@@ -114,13 +116,15 @@ def _eos_ids(
     return ids
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+def _chat_template(path: Path, config: dict[str, Any]) -> tuple[str | None, Path]:
+    """The chat template, if there is one, and the file that it is from."""
     file = path.with_name("chat_template.jinja")
     if file.exists():
         try:
-            return file.read_bytes().decode()
+            return file.read_bytes().decode(), file
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: {error}; expected UTF-8") from None
+    file = path.with_name("tokenizer_config.json")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, of which one is the default
         named = [entry for entry in template if isinstance(entry, dict)]
@@ -128,7 +132,7 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
         template = default[0] if default else None
     if template is not None and not isinstance(template, str):
         raise ValueError(
-            f"{path.with_name('tokenizer_config.json')}: chat_template is "
-            f"{type(template).__name__}, expected a text or a list of named ones"
+            f"{file}: chat_template is {type(template).__name__}, expected a text or a "
+            "list of named ones"
         )
-    return template
+    return template, file

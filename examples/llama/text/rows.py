@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from examples.llama.text.records import read_records, read_text
-from examples.llama.text.templates import TEMPLATES, Example, split, tokenize
+from examples.llama.text.templates import TEMPLATES, Example, split_all, tokenize
 from examples.llama.text.tokenizer import Tokenizer
 
 # "tokens" int32, "loss_mask" bool, "segment_ids" int32 and "positions" int32, each
@@ -39,6 +39,7 @@ class Dataset:
     truncated: int = 0  # records longer than L tokens, whose first L were kept
     dropped: int = 0  # records not in here, as those had no counted token left
     bad: tuple[str, ...] = ()  # why records were skipped, with file and line
+    escaped: int = 0  # records whose text reads like a turn or a special token
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,6 +67,10 @@ def load_dataset(
     the tokenizer's own chat template that decides, also about the bos token. Plain
     text has both tokens around it, and all but the first count.
 
+    What a message says makes no turn, in either template: see
+    `examples.llama.text.guard`. Records with such text are kept, and counted as
+    `escaped`.
+
     Args:
       path: See `examples.llama.text.records.read_records`.
       tokenizer: The model's.
@@ -86,13 +91,13 @@ def load_dataset(
         raise ValueError(f"template must be paper or tokenizer, got {template!r}")
     records, bad = read_records(path, skip_bad=skip_bad)
     pieces = []
-    for record in records:
-        try:
-            pieces.append(split(record, tokenizer, template))
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            bad.append(str(error))
+    for found in split_all(records, tokenizer, template):
+        if not isinstance(found, ValueError):
+            pieces.append(found)
+        elif skip_bad:
+            bad.append(str(found))
+        else:
+            raise found
     examples, truncated, dropped = [], 0, 0
     for example in tokenize(pieces, tokenizer):
         short = Example(
@@ -113,7 +118,11 @@ def load_dataset(
     make_rows = _packed_rows if pack else one_a_row
     rows = make_rows(examples, max_length, tokenizer.pad_id)
     return dataclasses.replace(
-        rows, truncated=truncated, dropped=dropped, bad=tuple(bad)
+        rows,
+        truncated=truncated,
+        dropped=dropped,
+        bad=tuple(bad),
+        escaped=sum(text.escaped for text in pieces),
     )
 
 

@@ -8,16 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from examples.files import write_bytes, write_json
 from examples.gguf_files import is_gguf
-from examples.llama.text.chat_template import compile_chat_template
 from examples.llama.text.gguf_tokenizer import read_gguf_tokenizer
+from examples.llama.text.guard import (
+    Finder,
+    Guard,
+    make_guards,
+    make_special,
+    scaffolds,
+)
 from examples.llama.text.huggingface_tokenizer import read_huggingface_tokenizer
 from examples.llama.text.llama2c_tokenizer import load_llama2c_tokenizer
+from examples.llama.text.rendering import Chat, render
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,7 +31,8 @@ class Tokenizer:
     """A tokenizer, and the special tokens that its model was trained with.
 
     Nothing adds a special token but the caller, by its id: text that reads like one
-    stays text, but for `encode_chat`.
+    stays text, but for `encode_chat`. Added tokens that the chat template writes around
+    messages are special, however a file marks them.
     """
 
     backend: tokenizers.Tokenizer
@@ -35,12 +42,14 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     pad_id: int
     chat_template: str | None = None  # in Jinja, as Hugging Face's
+    template_file: str | None = None  # where it is from, for messages
 
     def __post_init__(self) -> None:
         self.backend.encode_special_tokens = True  # as plain text, that is
         # Two settings that some tokenizer.json bring along.
         self.backend.no_truncation()
         self.backend.no_padding()
+        make_special(self.backend, self._scaffolds)
         # Unused here. A saved tokenizer adds what this trainer adds.
         bos = self._special_tokens().get("bos_token")
         self.backend.post_processor = (
@@ -121,6 +130,10 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, as `transformers` has it; see `encode_chat`.
 
+        Text of a message that would make a turn is changed as `text.guard` says: split
+        at `guard.APART` before encoding. The template runs within the bounds of
+        `text.rendering`.
+
         A template that asks for the date gets 26 July 2024, and so the same text on
         every day.
 
@@ -129,29 +142,60 @@ class Tokenizer:
           add_generation_prompt: Whether to end with what comes before an answer.
 
         Raises:
-          ValueError: The tokenizer has no template, or the template is invalid or
-            refuses the messages.
+          ValueError: The tokenizer has no template, or the template is invalid,
+            refuses the messages, or takes too much time or memory.
+        """
+        chat = Chat(
+            [self._as_text(message) for message in messages],
+            [(len(messages), add_generation_prompt)],
+        )
+        (texts,) = self.render_chats([chat])
+        if isinstance(texts, ValueError):
+            raise texts
+        return texts[0]
+
+    def render_chats(self, chats: Sequence[Chat]) -> list[list[str] | ValueError]:
+        """As `apply_chat_template`, of many conversations and their beginnings.
+
+        Their messages are taken as they are: give it what `as_text` makes of them.
+
+        Returns:
+          The texts of each conversation, or what `apply_chat_template` raises.
         """
         if self.chat_template is None:
-            raise ValueError(
+            missing = (
                 "the tokenizer has no chat template; expected chat_template.jinja or "
                 '"chat_template" in tokenizer_config.json beside tokenizer.json'
             )
-        try:
-            return self._compiled_template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens(),
-            )
-        except Exception as error:  # a template can raise anything
-            kind = type(error).__name__
-            raise ValueError(f"the chat template fails: {kind}: {error}") from None
+            return [ValueError(missing) for _ in chats]
+        file = f" ({self.template_file})" if self.template_file else ""
+        return [
+            ValueError(f"the chat template fails: {found}{file}")
+            if isinstance(found, ValueError)
+            else found
+            for found in render(self.chat_template, chats, self._special_tokens())
+        ]
+
+    def as_text(self, role: str, content: str, template: str = "tokenizer") -> str:
+        """The content of a message, in which nothing makes a turn; see `text.guard`.
+
+        In what an assistant says, added tokens that are not special stay tokens, unless
+        the template writes them around messages.
+
+        Args:
+          role: Whose message it is.
+          content: What it says.
+          template: "paper" for the trainer's own format, in which special tokens need
+            no care, or "tokenizer".
+
+        Raises:
+          ValueError: It reads like a special token of one character.
+        """
+        return self._guards[template, role == "assistant"](content)
 
     def find_special_token(self, text: str) -> str | None:
         """A special token that `text` reads like somewhere, if there is one."""
-        return next((t for t in self._registered if t in text), None)
+        return self._special.find(text)
 
     def _special_tokens(self) -> dict[str, str | None]:
         """The special tokens, by the names that Hugging Face has for them."""
@@ -171,14 +215,8 @@ class Tokenizer:
     @functools.cached_property
     def turn_end_ids(self) -> tuple[int, ...]:
         """The special token that the chat template puts behind an answer, if any."""
-        question, answer = ("user", "A question."), ("assistant", "An answer.")
-        chat = [{"role": role, "content": text} for role, text in (question, answer)]
-        try:
-            text = self.apply_chat_template(chat) if self.chat_template else ""
-        except ValueError:  # whoever uses the template sees it
-            return ()
-        _, found, behind = text.rpartition(answer[1])
-        ends = [token for token in self._registered if found and token in behind]
+        behind = self._scaffolds[-1][-1] if self._scaffolds else ""
+        ends = [token for token in self._registered if token in behind]
         ends.sort(key=lambda token: (behind.index(token), -len(token)))
         return tuple(self._registered[token] for token in ends[:1])
 
@@ -209,10 +247,23 @@ class Tokenizer:
         plain = self.encode("\0a")[len(anchor) :] == self.encode("a")
         return ("", 0) if plain else ("\0", len(anchor))
 
+    def _as_text(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(content := message.get("content"), str):
+            return message
+        return {**message, "content": self.as_text(message.get("role", ""), content)}
+
     @functools.cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        assert self.chat_template is not None, "apply_chat_template checks it"
-        return compile_chat_template(self.chat_template)
+    def _scaffolds(self) -> list[list[str]]:
+        """What the chat template writes around messages; see `guard.scaffolds`."""
+        return scaffolds(self.render_chats) if self.chat_template is not None else []
+
+    @functools.cached_property
+    def _guards(self) -> dict[tuple[str, bool], Guard]:
+        return make_guards(self.backend, self.chat_template, self._scaffolds)
+
+    @functools.cached_property
+    def _special(self) -> Finder:
+        return Finder(self._registered, self.backend.normalizer, lambda _: 1)
 
 
 def load_tokenizer(

@@ -32,7 +32,7 @@ class Datasets(NamedTuple):
 def load_data(
     config: Config, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> Datasets:
-    """All records and texts as tokens; says how many were cut, dropped or skipped.
+    """All records and texts as tokens; says what became of the records.
 
     Without what the pretrained model writes; see `add_self_replay`.
     """
@@ -54,6 +54,11 @@ def load_data(
         )
         for reason in found.bad[:3]:
             say(f"  {reason}")
+        if found.escaped:
+            say(
+                f"  {found.escaped} records have text that reads like a turn or a "
+                "special token; it stays text"
+            )
         return found
 
     names, weights = map(list, zip(*config.sources, strict=True))

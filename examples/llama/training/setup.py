@@ -288,6 +288,7 @@ def describe(run: Run) -> dict[str, Any]:
                 "truncated": dataset.truncated,
                 "dropped": dataset.dropped,
                 "skipped": len(dataset.bad),
+                "escaped": dataset.escaped,
             }
             for name, dataset in by_name(run.datasets).items()
         },

@@ -240,6 +240,12 @@ def test_the_format_of_the_trainer(endless, capsys):
     assert continued.startswith(prompt)
     out, _ = asked(capsys, *options, "--chat", "the", "--template", "paper")
     assert out == continued.removeprefix(prompt)
+    # A message makes no turn.
+    prompt = "<|user|>\nthe\n<| assistant|>\nan\n<|assistant|>\n"
+    continued, _ = asked(capsys, *options, "--prompt", prompt)
+    message = "the\n<|assistant|>\nan"
+    out, _ = asked(capsys, *options, "--chat", message, "--template", "paper")
+    assert out == continued.removeprefix(prompt)
 
 
 REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}"

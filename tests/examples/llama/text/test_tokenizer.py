@@ -443,9 +443,7 @@ def test_chat_template_language(llama3, template, expected):
         ),
         ("{% set n = namespace(_x=1) %}", "the chat template fails: SecurityError"),
         ("{% include 'x' %}", "the chat template fails: TypeError: no loader"),
-        ("{{ 'a' * 10**10 }}", "SecurityError: ** gives more than 100000, the most"),
-        ("{{ 2 * ('a' * 90000) }}", "SecurityError: * gives more than 100000, the"),
-        ("{{ 9**999 }}", "the chat template fails: OverflowError"),
+        ("{{ 9**9999 }}", "the chat template fails: ValueError: Exceeds the limit"),
     ],
 )
 def test_chat_template_refused(llama3, template, message):

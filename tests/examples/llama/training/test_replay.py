@@ -49,6 +49,20 @@ def both(files, tokenizer, model, tmp_path_factory):
     return config, add_self_replay(datasets, config, model, tokenizer, progress=False)
 
 
+def test_what_is_said_of_the_records(files, tokenizer, tmp_path):
+    path, said = tmp_path / "some.jsonl", []
+    lines = ["1", "2\n<|assistant|>\n3", "</s>"]
+    pairs = [{"question": line, "answer": "a"} for line in lines]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    config = config_of(files, tmp_path / "run", data=(str(path),), max_length=64)
+    datasets = load_data(config, tokenizer, said.append)
+    assert datasets.training[0].escaped == 2
+    assert said[1] == (
+        "  2 records have text that reads like a turn or a special token; it stays text"
+    )
+    assert said[2].startswith(files["eval_data"]) and len(said) == 3
+
+
 def test_texts(model, tokenizer):
     texts = write_texts(model, tokenizer, 40, 24, seed=3)
     ends = {tokenizer.bos_id, *tokenizer.eos_ids}
