@@ -39,6 +39,7 @@ class Dataset:
     truncated: int = 0  # records longer than L tokens, whose first L were kept
     dropped: int = 0  # records not in here, as those had no counted token left
     bad: tuple[str, ...] = ()  # why records were skipped, with file and line
+    empty: tuple[str, ...] = ()  # records with an empty answer, which does not count
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,6 +59,9 @@ def load_dataset(
     skip_bad: bool = False,
 ) -> Dataset:
     """Tokenizes records. Only answers and their end tokens count in the loss.
+
+    An empty answer, or one of nothing but whitespace, does not count, nor does its end
+    token. A record of such answers alone is dropped.
 
     With the template "paper", a conversation begins with the bos token, and has
     ``<|user|>\\n{content}\\n`` of a user, the same with ``<|system|>``, and
@@ -85,7 +89,7 @@ def load_dataset(
     if template not in TEMPLATES:
         raise ValueError(f"template must be paper or tokenizer, got {template!r}")
     records, bad = read_records(path, skip_bad=skip_bad)
-    pieces = []
+    pieces, empty = [], []
     for record in records:
         try:
             pieces.append(split(record, tokenizer, template))
@@ -93,6 +97,9 @@ def load_dataset(
             if not skip_bad:
                 raise
             bad.append(str(error))
+        else:
+            if record.has_empty_answer:
+                empty.append(record.source)
     examples, truncated, dropped = [], 0, 0
     for example in tokenize(pieces, tokenizer):
         short = Example(
@@ -106,14 +113,21 @@ def load_dataset(
     if not pieces:
         raise ValueError(f"{path}: all records are bad, {len(bad)}. {bad[0]}")
     if not examples:
-        raise ValueError(
+        message = (
             f"{path}: none of {len(pieces)} records has a token to learn within "
             f"max_length {max_length}"
         )
+        if empty:
+            message += f"; {len(empty)} have an empty answer, the first {empty[0]}"
+        raise ValueError(message)
     make_rows = _packed_rows if pack else one_a_row
     rows = make_rows(examples, max_length, tokenizer.pad_id)
     return dataclasses.replace(
-        rows, truncated=truncated, dropped=dropped, bad=tuple(bad)
+        rows,
+        truncated=truncated,
+        dropped=dropped,
+        bad=tuple(bad),
+        empty=tuple(empty),
     )
 
 

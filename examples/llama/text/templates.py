@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.llama.text.records import Message, Record
+from examples.llama.text.records import Message, Record, is_empty
 from examples.llama.text.tokenizer import Tokenizer
 
 TEMPLATES = ("paper", "tokenizer")
@@ -45,6 +45,9 @@ def split(
 ) -> Pieces:
     """Splits a record's text where the loss begins or ends to count.
 
+    An empty answer does not count, nor does its end token: it would teach a model to
+    stop at once.
+
     Args:
       record: The record.
       tokenizer: Whose end token and template it is.
@@ -57,7 +60,8 @@ def split(
         source.
     """
     if isinstance(record.content, str):
-        text = Piece(record.content, counted=True, ended=not prompt)
+        counted = not is_empty(record.content)
+        text = Piece(record.content, counted=counted, ended=not prompt)
         return Pieces([text], rendered=False, source=record.source)
     if template == "paper":
         pieces = _paper(record.content, prompt)
@@ -123,7 +127,7 @@ def _paper(messages: Iterable[Message], prompt: bool) -> list[Piece]:
         text += f"<|{role}|>\n"
         if role == "assistant":
             pieces.append(Piece(text))
-            pieces.append(Piece(turn, counted=True, ended=True))
+            pieces.append(Piece(turn, counted=not is_empty(turn), ended=True))
             text = "\n"
         else:
             text += f"{turn}\n"
@@ -159,7 +163,8 @@ def _rendered(
                 "expected a template that only adds text, or template paper"
             )
         pieces.append(Piece(before[end:]))
-        pieces.append(Piece(after[len(before) :], counted=True))
+        counted = not is_empty(message.content)
+        pieces.append(Piece(after[len(before) :], counted=counted))
         end = len(after)
     return [
         Piece(part, piece.counted)

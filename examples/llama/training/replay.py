@@ -49,9 +49,11 @@ def load_data(
         say(
             f"{path}: {len(found)} rows of up to {config.max_length} tokens; "
             f"{found.truncated} records cut, {found.dropped} dropped for no answer "
-            f"token was left, {len(found.bad)} malformed ones skipped"
+            f"token was left, {len(found.bad)} malformed ones skipped; "
+            f"{len(found.empty)} have an empty answer, which is not learned"
         )
-        for reason in found.bad[:3]:
+        empty = [f"{source}: the answer is empty" for source in found.empty]
+        for reason in (*found.bad[:3], *empty[:3]):
             say(f"  {reason}")
         return found
 

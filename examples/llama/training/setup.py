@@ -282,6 +282,7 @@ def describe(run: Run) -> dict[str, Any]:
                 "truncated": dataset.truncated,
                 "dropped": dataset.dropped,
                 "skipped": len(dataset.bad),
+                "empty": len(dataset.empty),
             }
             for name, dataset in by_name(run.datasets).items()
         },
