@@ -75,10 +75,10 @@ def filter_by_momentum(
     block is a leaf unless ``block_axes`` splits it. What ``inner`` adds to an update,
     weight decay too, is filtered with it.
 
-    A schedule of alpha is checked wherever its value is known: by ``init``, for the
-    first step, and by every ``update`` that runs outside of :func:`jax.jit`. Inside,
-    where nothing can be raised, the formula for k holds for any value: at 0 or below,
-    and for NaN, one entry of each block moves, and above 1 all do.
+    Outside of :func:`jax.jit` a schedule of alpha is checked: by ``init`` for the first
+    step, and by every ``update``. Inside, its values are not known and nothing can be
+    raised. There the formula for k holds for any value: at 0 or below, and for NaN, one
+    entry of each block is selected, and above 1 all are.
 
     A non-finite gradient goes through as in ``inner``. NaN ranks highest, so the
     entries it reaches are selected first, still exactly k of them; guard with

@@ -85,9 +85,9 @@ def write_report(
       title: Of the page.
       config: Settings by name; those of a nested dictionary are named "outer.inner".
       metrics: Lines of metrics.jsonl, each with "step" and any of "loss",
-        "learning_rate", the measures, and "stuck_entries", the number of those that
-        cannot move any more. Of two lines of one step, as a restart
-        leaves them, the later one counts.
+        "learning_rate", the measures, and "stuck_entries", how many entries cannot
+        move any more. Of two lines of one step, as a restart leaves them, the later
+        one counts.
       before: Measures before training, any of "eval_loss" (nats per answer token),
         "retain_loss" and "kl" (nats per token), "distance", and "knowledge",
         "instructions" and "touched" (each 0 to 1).
