@@ -32,11 +32,16 @@ def check_alpha(alpha: Any) -> None:
 
 
 def alpha_at(alpha: Alpha, step: jax.Array) -> jax.typing.ArrayLike:
-    """alpha, or what its schedule gives for a step."""
+    """alpha, or what its schedule gives for a step, checked where it is known."""
     if not callable(alpha):
         return alpha
     fraction = alpha(step)
-    check_alpha(fraction)
+    try:
+        check_alpha(fraction)
+    except ValueError as error:
+        known = not isinstance(step, jax.core.Tracer)
+        when = f" at step {step}" if known else ""
+        raise ValueError(f"{error} from its schedule{when}") from None
     return fraction
 
 

@@ -75,9 +75,16 @@ def filter_by_momentum(
     block is a leaf unless ``block_axes`` splits it. What ``inner`` adds to an update,
     weight decay too, is filtered with it.
 
+    Outside of :func:`jax.jit` a schedule of alpha is checked: by ``init`` for the first
+    step, and by every ``update``. Inside, its values are not known and nothing can be
+    raised. There the formula for k holds for any value: at 0 or below, and for NaN, one
+    entry of each block is selected, and above 1 all are.
+
     A non-finite gradient goes through as in ``inner``. NaN ranks highest, so the
     entries it reaches are selected first, still exactly k of them; guard with
-    :func:`optax.apply_if_finite`.
+    :func:`optax.apply_if_finite`. A finite one above 1.8e19 passes that guard, but its
+    square is infinite in float32: Adam never moves that entry again. Put
+    :func:`optax.clip_by_global_norm` before the optimizer.
 
     Inside :func:`jax.shard_map` the blocks are global over automatic mesh axes and
     per shard over manual ones.
@@ -118,8 +125,9 @@ def filter_by_momentum(
       without changing it).
 
     Raises:
-      ValueError: alpha outside (0, 1], an unknown score or method; at init: inner has
-        no first moment, filter_mask or block_axes do not fit the parameters.
+      ValueError: alpha outside (0, 1], an unknown score or method; at init: a schedule
+        of alpha begins outside, inner has no first moment, filter_mask or block_axes do
+        not fit the parameters.
       TypeError: an argument of the wrong type; at init: parameters that are not
         floating or complex.
 
@@ -193,6 +201,9 @@ def momentum_filter(
             if score == "momentum":
                 first_moments(state, params, filtered)
         step = jnp.zeros([], jnp.int32)
+        if callable(alpha):
+            with jax.numpy_dtype_promotion("standard"):
+                alpha_at(alpha, step)
         return FilterByMomentumState(state, step, no_guess(shapes, axes))
 
     def update_fn(

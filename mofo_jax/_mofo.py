@@ -34,7 +34,8 @@ def scale_by_mofo(
 
     Args:
       alpha: Fraction of each block that moves, in (0, 1]: a number, a schedule of the
-        step, or a scalar array.
+        step, or a scalar array. See :func:`mofo_jax.filter_by_momentum` for a schedule
+        that leaves the range.
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
       eps: Added to the denominator outside of the root.
@@ -127,7 +128,8 @@ def mofo(
     Args:
       learning_rate: A number, a schedule, or None to leave the updates unscaled.
       alpha: Fraction of each block that moves, in (0, 1]: a number, a schedule of the
-        step, or a scalar array (:func:`optax.inject_hyperparams`).
+        step, or a scalar array (:func:`optax.inject_hyperparams`). See
+        :func:`mofo_jax.filter_by_momentum` for a schedule that leaves the range.
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
       eps: Added to the denominator outside of the root.
@@ -154,7 +156,8 @@ def mofo(
 
     Raises:
       ValueError, TypeError: a bad argument, named with what is allowed; at init also
-        masks or axes that do not fit the parameters, and integer parameters.
+        a schedule of alpha that begins outside (0, 1], masks or axes that do not fit
+        the parameters, and integer parameters.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from mofo_jax import mofo

@@ -453,7 +453,35 @@ def test_bad_scores():
             optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 
-def test_bad_schedule():
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, 10.0])
+def test_a_schedule_that_begins_outside_the_range(value):
+    message = rf"alpha must be in \(0, 1\], got {value} from its schedule at step 0"
+    for schedule in (optax.linear_schedule(value, 0.5, 9), lambda step: value):
+        with pytest.raises(ValueError, match=message):
+            mofo(0.1, alpha=schedule).init(PARAMS)
+
+
+@pytest.mark.parametrize("method", ["search", "top_k"])
+def test_a_schedule_that_leaves_the_range(method):
+    """Outside of jit an error; inside, where there is none, the formula for k holds."""
+    values = [0.5, 0.0, -1.0, -np.inf, np.nan, 1.5, np.inf, 0.25]
+    table = jnp.array(values)
+    optimizer = filter_by_momentum(
+        optax.adam(0.1), lambda step: table[step], method=method
+    )
+    params = jnp.arange(1.0, 21.0)
+    state = optimizer.init(params)
+    update, counts = jax.jit(optimizer.update), []
+    for _ in values:
+        before = state
+        updates, state = update(params, state, params)
+        counts.append(int((updates != 0).sum()))
+    assert counts == [10, 1, 1, 1, 1, 20, 20, 5]
+    with pytest.raises(ValueError, match=r"got inf from its schedule at step 6"):
+        optimizer.update(params, before._replace(step=jnp.int32(6)), params)
+
+
+def test_a_bad_constant_in_a_schedule_under_jit():
     optimizer = mofo(0.1, alpha=lambda step: 2.0)
-    with pytest.raises(ValueError, match=r"alpha must be in \(0, 1\], got 2.0"):
-        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"got 2\.0 from its schedule"):
+        jax.jit(optimizer.init)(PARAMS)

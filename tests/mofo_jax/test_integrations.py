@@ -115,6 +115,34 @@ def test_apply_if_finite():
     assert np.isfinite(jax.tree.leaves(optax.tree.get(state, "mu"))[0]).all()
 
 
+@pytest.mark.parametrize(
+    ("guard", "moves"),
+    [
+        (lambda inner: inner, False),
+        (lambda inner: optax.apply_if_finite(inner, 3), False),
+        (lambda inner: optax.chain(optax.zero_nans(), inner), False),
+        (lambda inner: optax.chain(optax.clip_by_global_norm(1.0), inner), True),
+        (lambda inner: optax.chain(optax.clip(1.0), inner), True),
+    ],
+    ids=["none", "apply_if_finite", "zero_nans", "clip_by_global_norm", "clip"],
+)
+def test_after_a_large_gradient(guard, moves):
+    """Its square is infinite, and so is Adam's second moment, if it gets there."""
+    optimizer = guard(mofo(0.05, alpha=1.0))
+    params = {"w": jnp.zeros(3), "b": jnp.zeros(2)}
+    ones = jax.tree.map(jnp.ones_like, params)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    large = ones | {"w": ones["w"].at[1].set(3e38)}
+    for gradients in (ones, large, ones, ones):
+        before = params
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    changed = jax.tree.map(lambda a, b: (a != b).tolist(), params, before)
+    assert changed == {"w": [True, moves, True], "b": [True, True]}
+    assert all(np.isfinite(x).all() for x in params.values())
+
+
 @jax.numpy_dtype_promotion("standard")  # reduce_on_plateau multiplies float by int
 def test_reduce_on_plateau():
     optimizer = optax.chain(mofo(0.05, 0.25), optax.contrib.reduce_on_plateau())

@@ -2,13 +2,29 @@
 
 import dataclasses
 
+# The model computes floats and rotary angles in float32. Beyond this position it could
+# not tell two neighbours apart.
+_MOST_POSITIONS = 1 << 24
+_FLOATS = (1.2e-38, 3.4e38)  # what float32 holds
+_LARGEST_INT = (1 << 31) - 1  # of the int32 that tokens and indices are
+
 
 def _check_numbers(config: "RopeScaling | LlamaConfig") -> None:
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), field.type
-        if kind in (int, float) and not (isinstance(value, int | kind) and value > 0):
+        name, value, kind = field.name, getattr(config, field.name), field.type
+        if kind not in (int, float):
+            continue
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not (number and value > 0):
             raise ValueError(
-                f"{field.name} must be a positive {kind.__name__}, got {value!r}"
+                f"{name} must be a positive {kind.__name__}, got {value!r}"
+            )
+        smallest, largest = _FLOATS if kind is float else (1, _LARGEST_INT)
+        if name.endswith("max_position_embeddings"):
+            largest = _MOST_POSITIONS
+        if not smallest <= value <= largest:
+            raise ValueError(
+                f"{name} must be {smallest} to {largest}, got {value!r:.40}"
             )
 
 
@@ -18,7 +34,8 @@ class RopeScaling:
 
     Wavelengths longer than ``original_max_position_embeddings / low_freq_factor``
     grow by `factor`, those shorter than ``... / high_freq_factor`` stay, and those
-    between are interpolated. Raises ValueError for a value out of range.
+    between are interpolated. Raises ValueError for a value out of range, as
+    `LlamaConfig` does.
     """
 
     factor: float
@@ -43,7 +60,8 @@ class LlamaConfig:
     """The shape of a Llama, in the names of Hugging Face's config.json.
 
     `head_dim` None becomes ``hidden_size // num_attention_heads``. Raises ValueError
-    that names the field, its value and what is allowed.
+    that names the field, its value and what is allowed: integers up to 2**31 - 1,
+    positions up to 2**24, and floats that float32 holds.
     """
 
     vocab_size: int

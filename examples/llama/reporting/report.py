@@ -85,8 +85,9 @@ def write_report(
       title: Of the page.
       config: Settings by name; those of a nested dictionary are named "outer.inner".
       metrics: Lines of metrics.jsonl, each with "step" and any of "loss",
-        "learning_rate" and the measures. Of two lines of one step, as a restart
-        leaves them, the later one counts.
+        "learning_rate", the measures, and "stuck_entries", how many entries cannot
+        move any more. Of two lines of one step, as a restart leaves them, the later
+        one counts.
       before: Measures before training, any of "eval_loss" (nats per answer token),
         "retain_loss" and "kl" (nats per token), "distance", and "knowledge",
         "instructions" and "touched" (each 0 to 1).
@@ -114,7 +115,7 @@ def write_report(
     )
     page = environment.get_template("report.html.jinja").render(
         title=title,
-        notes=list(_not_finite(metrics)),
+        notes=[*_not_finite(metrics), *_stuck(metrics)],
         summary=list(_summary(before, after)),
         speed=list(_speed(after)),
         curves=list(_curves(metrics)),
@@ -173,6 +174,16 @@ def _not_finite(metrics: Metrics) -> Iterator[str]:
         if odd:
             often = f", the first of {len(odd)} times" if len(odd) > 1 else ""
             yield f"{name} is not finite at step {odd[0]['step']}{often}."
+
+
+def _stuck(metrics: Metrics) -> Iterator[str]:
+    found = [x for x in metrics if x.get("stuck_entries")]
+    if found:
+        first, last = found[0], found[-1]
+        yield (
+            "Entries that cannot move any more, as their second moment is infinite: "
+            f"{last['stuck_entries']:,}. First seen at step {first['step']}."
+        )
 
 
 def _summary(before: Numbers, after: Numbers) -> Iterator[dict[str, Any]]:

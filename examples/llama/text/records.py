@@ -1,6 +1,7 @@
 """Records to learn from: JSON lines of the usual formats, as conversations."""
 
 import codecs
+import collections
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
+_REPEATED = object()  # the value of a field that a JSON object has more than once
 
 # Fields that one turn of a user and an assistant come from, and whose format it is.
 _PAIRS = (
@@ -37,6 +39,21 @@ class Record(NamedTuple):
     content: tuple[Message, ...] | str  # a conversation, or plain text
     source: str  # "file:line", or "file:number" where it is no file of lines
 
+    @property
+    def has_empty_answer(self) -> bool:
+        """Whether an answer, or the plain text, is empty or nothing but whitespace."""
+        if isinstance(self.content, str):
+            return is_empty(self.content)
+        return any(
+            message.role == "assistant" and is_empty(message.content)
+            for message in self.content
+        )
+
+
+def is_empty(text: str) -> bool:
+    """Whether there is nothing to learn in a text: no character but whitespace."""
+    return not text.strip()
+
 
 class Records(NamedTuple):
     """What a file holds."""
@@ -52,7 +69,8 @@ def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Rec
     "input" (which stands on a new line after the instruction, as in LLaMA-Factory),
     MetaMathQA "query" and "response", TRACE "prompt" and "answer". Chats have
     "messages" of a "role" (system, user or assistant) and a "content", and plain text
-    has "text". Other fields are ignored.
+    has "text". Other fields are ignored. A record is malformed where a field that is
+    read is there more than once.
 
     Args:
       path: JSON lines, among which blank ones are ignored; or, in a file called .json,
@@ -81,7 +99,7 @@ def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Rec
     for number, value in values:
         try:
             if isinstance(value, bytes):
-                value = json.loads(value.decode().rstrip())
+                value = _parsed(value.decode().rstrip())
             content = _content(value)
         except (ValueError, RecursionError) as error:
             reason = f"{path}, {kind} {number}: {_problem(error)}; {_ALLOWED}"
@@ -157,10 +175,23 @@ def _json_list(path: str) -> Iterator[tuple[int, Any]] | None:
     if not text.lstrip().startswith("["):
         return None
     try:
-        return iter(enumerate(json.loads(text), start=1))
+        return iter(enumerate(_parsed(text), start=1))
     except (ValueError, RecursionError) as error:
         where = f"{path}, line {getattr(error, 'lineno', 1)}"
         raise ValueError(f"{where}: {_problem(error)}; expected a JSON list") from None
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value; a field that an object has more than once is _REPEATED."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(fields)
+    if len(found) < len(fields):
+        times = collections.Counter(name for name, _ in fields)
+        found |= {name: _REPEATED for name in found if times[name] > 1}
+    return found
 
 
 def _problem(error: Exception) -> str:
@@ -214,7 +245,7 @@ def _content(value: Any) -> tuple[Message, ...] | str:
 
 def _messages(values: Any) -> tuple[Message, ...]:
     if not isinstance(values, list):
-        raise ValueError(f'"messages" is {type(values).__name__}')
+        raise ValueError(_not_allowed("messages", values))
     messages = []
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
@@ -239,6 +270,12 @@ def _text(value: dict[str, Any], field: str) -> str:
         raise ValueError(f'"{field}" is missing')
     text = value[field]
     if not isinstance(text, str):
-        raise ValueError(f'"{field}" is {type(text).__name__}')
+        raise ValueError(_not_allowed(field, text))
     text.encode()  # JSON can escape one half of a surrogate pair
     return text
+
+
+def _not_allowed(field: str, value: Any) -> str:
+    if value is _REPEATED:
+        return f'"{field}" is there more than once'
+    return f'"{field}" is {type(value).__name__}'

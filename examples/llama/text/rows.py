@@ -40,6 +40,7 @@ class Dataset:
     dropped: int = 0  # records not in here, as those had no counted token left
     bad: tuple[str, ...] = ()  # why records were skipped, with file and line
     escaped: int = 0  # records whose text reads like a turn or a special token
+    empty: tuple[str, ...] = ()  # records with an empty answer, which does not count
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -59,6 +60,9 @@ def load_dataset(
     skip_bad: bool = False,
 ) -> Dataset:
     """Tokenizes records. Only answers and their end tokens count in the loss.
+
+    An empty answer, or one of nothing but whitespace, does not count, nor does its end
+    token. A record of such answers alone is dropped.
 
     With the template "paper", a conversation begins with the bos token, and has
     ``<|user|>\\n{content}\\n`` of a user, the same with ``<|system|>``, and
@@ -90,14 +94,18 @@ def load_dataset(
     if template not in TEMPLATES:
         raise ValueError(f"template must be paper or tokenizer, got {template!r}")
     records, bad = read_records(path, skip_bad=skip_bad)
-    pieces = []
-    for found in split_all(records, tokenizer, template):
-        if not isinstance(found, ValueError):
-            pieces.append(found)
-        elif skip_bad:
+    pieces, empty = [], []
+    for record, found in zip(
+        records, split_all(records, tokenizer, template), strict=True
+    ):
+        if isinstance(found, ValueError):
+            if not skip_bad:
+                raise found
             bad.append(str(found))
-        else:
-            raise found
+            continue
+        pieces.append(found)
+        if record.has_empty_answer:
+            empty.append(record.source)
     examples, truncated, dropped = [], 0, 0
     for example in tokenize(pieces, tokenizer):
         short = Example(
@@ -111,10 +119,13 @@ def load_dataset(
     if not pieces:
         raise ValueError(f"{path}: all records are bad, {len(bad)}. {bad[0]}")
     if not examples:
-        raise ValueError(
+        message = (
             f"{path}: none of {len(pieces)} records has a token to learn within "
             f"max_length {max_length}"
         )
+        if empty:
+            message += f"; {len(empty)} have an empty answer, the first {empty[0]}"
+        raise ValueError(message)
     make_rows = _packed_rows if pack else one_a_row
     rows = make_rows(examples, max_length, tokenizer.pad_id)
     return dataclasses.replace(
@@ -123,6 +134,7 @@ def load_dataset(
         dropped=dropped,
         bad=tuple(bad),
         escaped=sum(text.escaped for text in pieces),
+        empty=tuple(empty),
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.llama.text.guard import APART
-from examples.llama.text.records import Message, Record
+from examples.llama.text.records import Message, Record, is_empty
 from examples.llama.text.rendering import Chat
 from examples.llama.text.tokenizer import Tokenizer
 
@@ -50,6 +50,9 @@ def split(
     No text of a message makes a turn; see `text.guard`. In plain text only special
     tokens are kept from it, as it has no turns: it may itself be a conversation that
     someone wrote out.
+
+    An empty answer does not count, nor does its end token: it would teach a model to
+    stop at once.
 
     Args:
       record: The record.
@@ -94,7 +97,8 @@ def split_all(
                     raise content
                 rendered = isinstance(content, tuple) and template == "tokenizer"
                 if isinstance(content, str):
-                    pieces = [Piece(content, counted=True, ended=not prompt)]
+                    counted = not is_empty(content)
+                    pieces = [Piece(content, counted, ended=not prompt)]
                 elif rendered:
                     pieces = _parted(_rendered(content, next(texts), prompt))
                 else:
@@ -164,7 +168,7 @@ def _paper(messages: Iterable[Message], prompt: bool) -> list[Piece]:
         text += f"<|{role}|>\n"
         if role == "assistant":
             pieces.append(Piece(text))
-            pieces.append(Piece(turn, counted=True, ended=True))
+            pieces.append(Piece(turn, counted=not is_empty(turn), ended=True))
             text = "\n"
         else:
             text += f"{turn}\n"
@@ -225,7 +229,8 @@ def _rendered(
                 "expected a template that only adds text, or template paper"
             )
         pieces.append(Piece(before[end:]))
-        pieces.append(Piece(after[len(before) :], counted=True))
+        counted = not is_empty(content[i].content)
+        pieces.append(Piece(after[len(before) :], counted=counted))
         end = len(after)
     return [*pieces, Piece(whole[end:])]
 

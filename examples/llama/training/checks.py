@@ -89,6 +89,12 @@ def check_dtype(dtype: DTypeName) -> None:
 def _check_devices(config: Config) -> None:
     """Raises ValueError for what these devices cannot do, or would do alone."""
     check_dtype(config.dtype)
+    if config.param_dtype == "float16" and not config.lora_rank:
+        raise ValueError(
+            "param_dtype must be float32 or bfloat16 where the parameters train, got "
+            "float16: the squares of small gradients are 0 in it, and updates become "
+            "infinite. With lora_rank it may be float16"
+        )
     names = ("coordinator", "processes", "process_id")
     given = [name for name in names if getattr(config, name) is not None]
     if given and not config.distributed:

@@ -148,8 +148,8 @@ class Config:
     dtype: DTypeName = "float32"
     """Precision of the computation."""
     param_dtype: DTypeName = "float32"
-    """Precision of the parameters. With LoRA, those are frozen, and what LoRA adds is
-    float32."""
+    """Precision of the parameters: float32 or bfloat16. With LoRA, those are frozen and
+    may be float16 too, and what LoRA adds is float32."""
     moments_dtype: DTypeName | None = None
     """Precision of the first moments; by default that of what trains."""
     remat: Literal["none", "dots", "full"] = "none"

@@ -34,6 +34,7 @@ from examples.llama.training.results import exports, finish, interpolated, sampl
 from examples.llama.training.setup import Run, describe, set_up
 from examples.llama.training.steps import Loss, compile_step, make_step, peak_bytes
 from examples.llama.training.streams import Streams
+from examples.llama.training.stuck import StuckEntries
 from mofo_jax.continual import project_gradient
 
 
@@ -64,8 +65,10 @@ def train(
       without compilation and evaluation, "seconds", "milliseconds_per_step",
       "tokens_per_second" and "mfu", the share of the devices' peak that the model's
       own operations took; "preparing", the seconds in which texts and Fisher
-      information were made, without compilation; and "bytes", what the compiled
-      training step needs at most on each device, all that it reads included.
+      information were made, without compilation; "bytes", what the compiled
+      training step needs at most on each device, all that it reads included; and
+      "stuck_entries", how many entries cannot move any more at the end, see
+      `StuckEntries`.
 
     Raises:
       ValueError, OSError: Something is wrong with the configuration, a file or the
@@ -135,6 +138,7 @@ def _train(
         "mfu": mfu,
         "preparing": run.preparing,
         "bytes": loop.bytes,
+        "stuck_entries": loop.stuck.count,
     }
     result = finish(run, loop.state, loop.evaluations, speed)
     say(f"{'':54}{'before':>10}{'after':>10}")
@@ -168,6 +172,7 @@ class _Loop:
         self.training = run.datasets.training
         self.batches = Streams(run.datasets, config)
         self.say = tqdm.write if progress else lambda _: None
+        self.stuck = StuckEntries(self.say)
         self.state, self.first = run.state, None
         # The first and the last, by step. They are in each checkpoint, so that the
         # results do not depend on metrics.jsonl.
@@ -200,6 +205,8 @@ class _Loop:
         config, steps = self.run.config, self.run.steps
         if self.first is None:
             self.evaluate(0, self.before)
+        else:
+            self.stuck.look(self.first, self.state.opt_state)
         self.bar.set_description("compiling")
         run_step = self.compile()
         self.bytes = peak_bytes(run_step)
@@ -305,7 +312,8 @@ class _Loop:
         values = known or self.run.measures(self.state.params)
         first = self.evaluations.get(0, values)
         self.evaluations = {0: first, step: values}
-        self.log.write(step, values, "eval")
+        stuck = self.stuck.look(step, self.state.opt_state)
+        self.log.write(step, values | stuck, "eval")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step}: {shown}")
         for name, value in values.items():

@@ -49,10 +49,11 @@ def load_data(
         say(
             f"{path}: {len(found)} rows of up to {config.max_length} tokens; "
             f"{found.truncated} records truncated, {found.dropped} dropped, as "
-            "truncation left no answer tokens, "
-            f"{len(found.bad)} malformed ones skipped"
+            f"truncation left no answer tokens, {len(found.bad)} malformed ones "
+            f"skipped; {len(found.empty)} have an empty answer, which is not learned"
         )
-        for reason in found.bad[:3]:
+        empty = [f"{source}: the answer is empty" for source in found.empty]
+        for reason in (*found.bad[:3], *empty[:3]):
             say(f"  {reason}")
         if found.escaped:
             say(

@@ -289,6 +289,7 @@ def describe(run: Run) -> dict[str, Any]:
                 "dropped": dataset.dropped,
                 "skipped": len(dataset.bad),
                 "escaped": dataset.escaped,
+                "empty": len(dataset.empty),
             }
             for name, dataset in by_name(run.datasets).items()
         },

@@ -181,6 +181,7 @@ def test_what_a_run_leaves(files, run):
         "dropped": training.dropped,
         "skipped": 0,
         "escaped": 0,
+        "empty": 0,
     }
     assert training.truncated > 0
     assert facts["steps"] == 15 and facts["versions"]["jax"] == jax.__version__

@@ -1,6 +1,7 @@
 """GGUF files: what is read, what is refused, and what is written."""
 
 import dataclasses
+import math
 import re
 import struct
 
@@ -177,6 +178,14 @@ def test_llama3_frequencies(tmp_path):
         ({"llama.block_count": 2}, "no tensor blk.1.attn_norm.weight [256]"),
         ({"llama.block_count": 0}, "num_hidden_layers must be a positive int, got 0"),
         ({"llama.block_count": "1"}, "llama.block_count must be of type int, got str"),
+        (
+            {"llama.rope.freq_base": math.inf},
+            "rope_theta must be 1.2e-38 to 3.4e+38, got inf",
+        ),
+        (
+            {"llama.context_length": 4_000_000_000},
+            "max_position_embeddings must be 1 to 16777216, got 4000000000",
+        ),
         (
             {"llama.attention.head_count": [4, 4]},
             "llama.attention.head_count must be of type int, got ndarray",

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: what is read, what is refused, and what is written."""
 
 import json
+import math
 import pickle
 import resource
 import struct
@@ -159,6 +160,15 @@ def test_configuration_round_trip(config):
         ({"vocab_size": "48"}, "vocab_size must be a positive int, got '48'"),
         ({"rms_norm_eps": None}, "rms_norm_eps must be a positive float, got None"),
         ({"rope_theta": -1}, "rope_theta must be a positive float, got -1"),
+        ({"rope_theta": math.inf}, "rope_theta must be 1.2e-38 to 3.4e+38, got inf"),
+        (
+            {"max_position_embeddings": 10**12},
+            "max_position_embeddings must be 1 to 16777216, got 1000000000000",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "factor": math.inf}},
+            "rope_scaling: factor must be 1.2e-38 to 3.4e+38, got inf",
+        ),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling: rope_type must be default or llama3, got linear",

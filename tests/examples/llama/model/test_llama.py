@@ -362,6 +362,15 @@ def test_too_many_tokens():
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be a positive float, got 0.0"),
         ({"rope_theta": "1e4"}, "rope_theta must be a positive float, got '1e4'"),
         ({"rope_theta": math.nan}, "rope_theta must be a positive float, got nan"),
+        ({"rope_theta": math.inf}, "rope_theta must be 1.2e-38 to 3.4e+38, got inf"),
+        ({"rope_theta": 10**400}, "rope_theta must be 1.2e-38 to 3.4e+38, got 10000"),
+        ({"rms_norm_eps": 1e-60}, "rms_norm_eps must be 1.2e-38 to 3.4e+38, got 1e-60"),
+        ({"vocab_size": True}, "vocab_size must be a positive int, got True"),
+        ({"vocab_size": 1 << 31}, "vocab_size must be 1 to 2147483647, got 2147483648"),
+        (
+            {"max_position_embeddings": 10**12},
+            "max_position_embeddings must be 1 to 16777216, got 1000000000000",
+        ),
         (
             {"num_key_value_heads": 3},
             "num_key_value_heads must divide num_attention_heads (4), got 3",
@@ -380,6 +389,13 @@ def test_bad_config(changes, message):
         dataclasses.replace(CONFIG, **changes)
 
 
+def test_the_last_position_that_is_allowed():
+    """Its rotary angle differs from that of the one before, as no later one's does."""
+    last = dataclasses.replace(CONFIG, max_position_embeddings=1 << 24)
+    position = np.float32(last.max_position_embeddings)
+    assert position - 1 != position == position + 1
+
+
 def test_head_dim_by_default():
     assert dataclasses.replace(CONFIG, head_dim=None).head_dim == 8
 
@@ -389,6 +405,11 @@ def test_head_dim_by_default():
     [
         ({"rope_type": "yarn"}, "rope_type must be 'llama3', got 'yarn'"),
         ({"factor": -8.0}, "factor must be a positive float, got -8.0"),
+        ({"factor": math.inf}, "factor must be 1.2e-38 to 3.4e+38, got inf"),
+        (
+            {"original_max_position_embeddings": 10**12},
+            "original_max_position_embeddings must be 1 to 16777216, got 1000000000000",
+        ),
         (
             {"high_freq_factor": 1.0},
             "high_freq_factor must be above low_freq_factor (1.0), got 1.0",

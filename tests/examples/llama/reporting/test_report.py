@@ -290,6 +290,17 @@ def test_values_that_are_not_finite(report):
     assert list(report(metrics=lost).images) == ["Learning rate: 0.001000 at step 1"]
 
 
+def test_entries_that_cannot_move(report):
+    metrics = metrics_of(12)
+    assert "cannot move" not in report(metrics=metrics).text
+    metrics[-2] |= {"stuck_entries": 7}
+    metrics[-1] |= {"stuck_entries": 1234}
+    assert (
+        "Entries that cannot move any more, as their second moment is infinite: 1,234. "
+        f"First seen at step {metrics[-2]['step']}."
+    ) in report(metrics=metrics).text
+
+
 def test_of_a_step_done_twice_the_later_line_counts(report):
     metrics = [{"step": step, "loss": step / 2} for step in (1, 2, 3, 2, 3, 4, 1)]
     metrics[-1]["loss"] = 7.0

@@ -151,6 +151,26 @@ def chat(*messages):
             '"input" is list' + ALLOWED,
         ),
         (b'{"text": {"a": "b"}}', 1, '"text" is dict' + ALLOWED),
+        (
+            b'{"question": "a", "answer": "b", "answer": "c"}',
+            1,
+            '"answer" is there more than once' + ALLOWED,
+        ),
+        (
+            GOOD + b'{"instruction": "a", "input": "", "input": "", "output": "c"}',
+            2,
+            '"input" is there more than once' + ALLOWED,
+        ),
+        (
+            b'{"messages": [], "text": "a", "messages": []}',
+            1,
+            '"messages" is there more than once' + ALLOWED,
+        ),
+        (
+            b'{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}',
+            1,
+            'message 1: "role" is there more than once' + ALLOWED,
+        ),
         (b'{"messages": "a"}', 1, '"messages" is str' + ALLOWED),
         (chat(), 1, '"messages" has no turn of an assistant' + ALLOWED),
         (chat(*CHAT[:2]), 1, '"messages" has no turn of an assistant' + ALLOWED),
@@ -181,6 +201,18 @@ def test_malformed_records(tmp_path, content, line, message):
     records, bad = read_records(path, skip_bad=True)
     assert bad == [str(caught.value)]
     assert len(records) == 1 + content.startswith(GOOD)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_repeated_fields_that_are_not_read(tmp_path, suffix):
+    good = '{"id": 1, "id": 2, "question": "a", "answer": "b", "x": {"c": 1, "c": 2}}'
+    bad = '{"question": "a", "question": "b", "answer": "c"}'
+    path = tmp_path / f"some.{suffix}"
+    path.write_text(f"[{good}, {bad}]" if suffix == "json" else f"{good}\n{bad}\n")
+    records, (reason,) = read_records(path, skip_bad=True)
+    assert records == [Record(turn("a", "b"), f"{path}:1")]
+    kind = "record" if suffix == "json" else "line"
+    assert reason == f'{path}, {kind} 2: "question" is there more than once{ALLOWED}'
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])

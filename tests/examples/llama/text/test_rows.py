@@ -96,7 +96,7 @@ awkward = st.sampled_from(
 
 
 @settings(max_examples=100)
-@given(question=texts | awkward, answer=texts | awkward)
+@given(question=texts | awkward, answer=(texts | awkward).filter(str.strip))
 def test_format(tokenizer, llama2, llama3, tmp_path_factory, question, answer):
     path = tmp_path_factory.getbasetemp() / "format.jsonl"
     write_pairs(path, (question, answer))
@@ -138,8 +138,39 @@ def test_conversation_by_hand(tokenizer, tmp_path):
     text = re.sub("<0x(..)>", lambda byte: chr(int(byte[1], 16)), text)
     assert text == (
         "<s> <|system|>\nan\n<|user|>\nus\n<|assistant|>\n[ ][4][</s>]\n"
-        "<|user|>\n4\n<|assistant|>\n[</s>]\n<|user|>\nt\n"
+        "<|user|>\n4\n<|assistant|>\n</s>\n<|user|>\nt\n"
     )
+
+
+@pytest.mark.parametrize("template", ["paper", "tokenizer"])
+def test_empty_answers(llama3, tmp_path, template):
+    """Nothing is learned of them, and they end no run, not even without skip_bad."""
+    talk = ["an", "answer", "an", " \n", "an", "other"]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": text}
+        for i, text in enumerate(talk)
+    ]
+    lines = [
+        {"question": "an", "answer": ""},
+        {"messages": messages},
+        {"question": "", "answer": "an"},
+        {"text": " "},
+    ]
+    path = write_lines(tmp_path / "some.jsonl", *lines)
+    dataset = load_dataset(path, llama3, 99, template=template)
+    assert dataset.empty == (f"{path}:1", f"{path}:2", f"{path}:4")
+    assert (dataset.dropped, dataset.bad) == (2, ())
+    found = segments(dataset)
+    assert list(found) == [f"{path}:2", f"{path}:3"]
+    (ids, mask), _ = found.values()
+    assert llama3.decode(np.array(ids)[mask].tolist()) == "answerother"
+    assert np.count_nonzero(np.diff(mask)) == 4 - mask[-1]  # two stretches
+    write_lines(path, *lines[::3])
+    with refused(
+        f"{path}: none of 2 records has a token to learn within max_length 99; 2 have "
+        f"an empty answer, the first {path}:1"
+    ):
+        load_dataset(path, llama3, 99, template=template)
 
 
 def test_plain_text_by_hand(tokenizer, llama3, tmp_path):
@@ -147,16 +178,16 @@ def test_plain_text_by_hand(tokenizer, llama3, tmp_path):
     for tk in (tokenizer, llama3):
         for template in ("paper", "tokenizer"):
             dataset = load_dataset(path, tk, 30, template=template)
-            first, second = segments(dataset).values()
+            [first] = segments(dataset).values()
             ids = [tk.bos_id, *tk.encode("an </s>"), tk.eos_ids[0]]
             assert first == (ids, [False] + [True] * (len(ids) - 1))
-            assert second == ([tk.bos_id, tk.eos_ids[0]], [False, True])
+            assert (dataset.dropped, dataset.empty) == (1, (f"{path}:2",))
     without = Tokenizer(llama3.backend, None, llama3.eos_ids, llama3.pad_id)
     dataset = load_dataset(path, without, 30)
     [(ids, mask)] = segments(dataset).values()
     assert ids == [*llama3.encode("an </s>"), llama3.eos_ids[0]]
     assert mask == [False] + [True] * (len(ids) - 1)
-    assert dataset.dropped == 1  # an end token alone, which nothing predicts
+    assert dataset.dropped == 1
 
 
 def test_tokenizers_template_by_hand(llama2, llama3, tmp_path):
@@ -291,7 +322,7 @@ def test_bad_records(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_truncation(tokenizer, tmp_path, pack):
-    pairs = [("us", "an"), ("", "4" * 9), ("an answer", "")]
+    pairs = [("us", "an"), ("", "4" * 9), ("an answer", "a")]
     path = write_pairs(tmp_path / "some.jsonl", *pairs)
     whole = segments(load_dataset(path, tokenizer, 100, pack=pack))
     firsts = [mask.index(True) for _, mask in whole.values()]
@@ -315,7 +346,7 @@ def test_truncation(tokenizer, tmp_path, pack):
 
 def test_packing_loses_nothing(tokenizer, tmp_path):
     draw = random.Random(0)
-    lengths = [draw.randrange(130) ** 2 // 130 for _ in range(700)]
+    lengths = [1 + draw.randrange(130) ** 2 // 130 for _ in range(700)]
     pairs = [("an" * draw.randrange(9), "4" * length) for length in lengths]
     path = write_pairs(tmp_path / "some.jsonl", *pairs)
     alone = load_dataset(path, tokenizer, 128)
@@ -323,7 +354,7 @@ def test_packing_loses_nothing(tokenizer, tmp_path):
     packed = load_dataset(path, tokenizer, 128, pack=True)
     check_types(packed, 128)
     assert segments(packed) == segments(alone)  # every record once
-    for name in ("truncated", "dropped", "bad"):
+    for name in ("truncated", "dropped", "bad", "empty"):
         assert getattr(packed, name) == getattr(alone, name)
     assert (packed.tokens[packed.segment_ids == 0] == tokenizer.pad_id).all()
     assert len(packed) < 500

@@ -194,6 +194,11 @@ BAD = [
     ({"seed": 1 << 32}, "seed must be 0 to 4294967295, got 4294967296"),
     ({"dtype": "float16"}, "dtype must be float32 or bfloat16 on CPUs, got float16"),
     (
+        {"param_dtype": "float16"},
+        "param_dtype must be float32 or bfloat16 where the parameters train, got "
+        "float16: ",
+    ),
+    (
         {"coordinator": "a:1", "processes": 2, "process_id": 0},
         "--coordinator, --processes, --process-id given without --distributed",
     ),

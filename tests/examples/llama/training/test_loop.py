@@ -116,6 +116,13 @@ def test_what_a_run_costs(files, run, tmp_path):
     assert ewc["bytes"] > plain["bytes"] + parameters
 
 
+def test_lora_over_float16(files, tmp_path):
+    """What trains is float32, and the frozen weights are in no optimizer."""
+    options = {"lora_rank": 2, "param_dtype": "float16", "learning_rate": 3e-2}
+    result = train(config_of(files, tmp_path / "run", **options), progress=False)
+    assert result["after"]["eval_loss"] < result["before"]["eval_loss"] - 0.1
+
+
 ITEMS = [
     {"prompt": "the cat sat on the", "choices": ["mat", "hat"], "answer": "mat"},
     {"prompt": "1", "choices": ["a!", "b!", "ab!"], "answer": "ab!", "relation": "x"},

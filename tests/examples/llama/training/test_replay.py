@@ -63,6 +63,25 @@ def test_what_is_said_of_the_records(files, tokenizer, tmp_path):
     assert said[2].startswith(files["eval_data"]) and len(said) == 3
 
 
+def test_what_is_told_of_records(files, tmp_path, tokenizer):
+    path = tmp_path / "some.jsonl"
+    good, empty = '{"question": "1", "answer": "a"}', '{"query": "1", "response": ""}'
+    twice = '{"prompt": "1", "answer": "a", "answer": "b"}'
+    path.write_text("\n".join([good, empty, twice, *[good, empty] * 3]))
+    config = config_of(files, None, data=(str(path),), skip_bad_records=True)
+    said = []
+    datasets = load_data(config, tokenizer, said.append)
+    assert len(datasets.training[0]) == 4
+    assert said[0] == (
+        f"{path}: 4 rows of up to 48 tokens; 0 records truncated, 4 dropped, as "
+        "truncation left no answer tokens, 1 malformed ones skipped; 4 have an empty "
+        "answer, which is not learned"
+    )
+    assert said[1].startswith(f'  {path}, line 3: "answer" is there more than once; ')
+    assert said[2:5] == [f"  {path}:{i}: the answer is empty" for i in (2, 5, 7)]
+    assert said[5].startswith(f"{files['eval_data']}: ")
+
+
 def test_texts(model, tokenizer):
     texts = write_texts(model, tokenizer, 40, 24, seed=3)
     ends = {tokenizer.bos_id, *tokenizer.eos_ids}
