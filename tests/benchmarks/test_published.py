@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"
 REPORTS = {
     "forgetting_stories260k": forgetting_report.report,
+    "forgetting_stories260k_1000": forgetting_report.report,
     "forgetting_stories260k_python": forgetting_report.report,
     "smollm2_h200": forgetting_report.report,
     "facts": facts_report.report,
