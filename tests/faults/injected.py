@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -42,12 +43,17 @@ def results_of(output: Path) -> dict[str, object]:
 
 def attempt(config) -> tuple[str, str]:
     """How a training ended: "finished", "refused", or as it must not."""
+    before = set(threading.enumerate())
     try:
         train(config, progress=False)
     except (OSError, ValueError) as error:
         return "refused", " ".join(str(error).split())
     except BaseException as error:
         return "crashed", f"{type(error).__name__}: {error}"
+    finally:
+        # Orbax may still be writing other arrays, which the end of a process would end.
+        for thread in set(threading.enumerate()) - before:
+            thread.join(SECONDS / 2)
     return "finished", ""
 
 
