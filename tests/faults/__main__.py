@@ -119,7 +119,10 @@ def kills(directory: Path) -> bool:
     """Kills runs at random moments, from the start of the process to its end."""
     files, cache = write_files(directory), directory / "cache"
     changes = {"steps": 60, "save_every": 2, "eval_every": 20, "report": True}
-    finished(start(config_of(files, directory / "undisturbed", **changes), cache))
+    for name in ("compiling", "undisturbed"):
+        begun = time.monotonic()
+        finished(start(config_of(files, directory / name, **changes), cache))
+        lasts = time.monotonic() - begun
     expected = tensors_of(directory / "undisturbed" / "model")
     rng, done, good, runs = random.Random(0), 0, True, 0
     while done < KILLS:
@@ -128,7 +131,7 @@ def kills(directory: Path) -> bool:
         while done < KILLS and not (output / "result.json").exists():
             process = start(config_of(files, output, **changes), cache)
             try:
-                process.wait(rng.uniform(2, 10))
+                process.wait(rng.uniform(0.2, 1.0) * lasts)
             except subprocess.TimeoutExpired:
                 process.kill()
                 done += 1
