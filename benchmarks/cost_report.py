@@ -13,7 +13,10 @@ ORDINARY, ADVERSARIAL = (2.0, 1.3), (4.0, 2.0)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every target with what was measured, as Markdown; less where sections lack."""
+    """Every target with what was measured, as Markdown.
+
+    Sections that were not measured are left out.
+    """
     rows = [("measure", "must", "aim", "measured", "")]
     rows += list(_rows(results))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -18,7 +18,6 @@ from examples.llama.reporting.plots import BLUE, ORANGE, STYLE
 from mofo_jax.continual import Comparison, compare_at_loss, pareto_frontier
 
 ONE_RATE = 2.4e-3  # before a suite's scale: one that most methods' curves have
-HEAD = 2  # lines of a Markdown table above its rows
 REFERENCES = {"adamw": (BLUE, "o"), "mofo": (ORANGE, "s")}  # in every panel
 # The rest of Okabe and Ito's palette but its yellow, and a grey. What differs by a
 # filter alone has one colour: no filter is drawn through, a filter by its line.
@@ -132,15 +131,14 @@ def report(results: Results) -> str:
             *table(("method",), titles, compared, ".3f"),
             "",
         ]
-    at_one_rate = _settings(results, lambda *point: _rate(*point) == ONE_RATE)
-    if len(at_one_rate) > HEAD:
+    if rows := _settings(results, lambda *point: _rate(*point) == ONE_RATE):
         lines += [
             f"## At one learning rate, {ONE_RATE * settings['rate_scale']:g}",
             "",
             "As papers compare: what is learned differs, and so does what is "
             "forgotten.",
             "",
-            *at_one_rate,
+            *rows,
             "",
         ]
     lines += [
@@ -171,21 +169,20 @@ def _scaled(point: Settings, scale: float) -> Settings:
 
 
 def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list[str]:
-    """A table of the methods' points, as they were measured."""
+    """A table of the methods' points, as they were measured; no line without any."""
     kept = [name for name in shown(results) if name in KEPT]
     heads = (
         *("method", "setting", "seeds", "held-out loss", "retained-text loss", "KL"),
         *(MEASURES[name].name for name in kept),
         *("distance", "touched", "time", "preparing", "both", "memory"),
     )
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    runs = results["runs"]
+    runs, scale = results["runs"], results["settings"]["rate_scale"]
+    lines: list[str] = []
     for name, method in METHODS.items():
         for point in method.points:
             these = [r for r in runs if (r["method"], r["point"]) == (name, point)]
             if not these or not chosen(name, point):
                 continue
-            scale = results["settings"]["rate_scale"]
             cells = [method.title, describe(_scaled(point, scale)), str(len(these))]
             if lost := sum("diverged" in run for run in these):
                 cells += [f"{lost} diverged", *(len(heads) - 4) * [""]]
@@ -205,7 +202,8 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
             cells.append(f"{after['touched'].mean():.0%}")
             cells += _costs(results, name)
             lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    head = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return [*head, *lines] if lines else []
 
 
 def _costs(results: Results, name: str) -> list[str]:

@@ -39,7 +39,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         beside.replace(path)
         sync(path.parent)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # as of a write
+        if error.errno is not None and error.filename is None:  # from a write
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:

@@ -27,8 +27,10 @@ from examples import terminal
 from tests.examples.llama.runs import (
     config_of,
     finished,
+    lines_of,
     start,
     tensors_of,
+    wait_for,
     write_files,
 )
 from tests.examples.llama.training.test_two_processes import pair
@@ -151,12 +153,7 @@ def hosts(directory: Path) -> bool:
         finished(process)
     output = directory / "run"
     both = pair(files, output, cache, **changes)
-    metrics = output / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < 15:
-        if time.monotonic() > end:
-            raise SystemExit("two hosts: no step after two minutes")
-        time.sleep(0.01)
+    wait_for(lambda: lines_of(output) >= 15, *both)
     both[1].kill()
     time.sleep(5)
     both[0].kill()  # as a cluster does, once a host is lost

@@ -91,42 +91,23 @@ OF_DESCRIPTOR(int, ftruncate, (int descriptor, off_t size), (descriptor, size))
 OF_DESCRIPTOR(int, ftruncate64, (int descriptor, off64_t size), (descriptor, size))
 OF_PATH(mkdir, (const char *path, mode_t mode), (path, mode))
 OF_PATH(rename, (const char *path, const char *to), (path, to))
+OF_PATH(mkdirat, (int directory, const char *path, mode_t mode), (directory, path, mode))
+OF_PATH(renameat, (int from, const char *path, int in, const char *to),
+        (from, path, in, to))
 
-int mkdirat(int directory, const char *path, mode_t mode) {
-  NEXT(mkdirat);
-  if (fails("mkdirat", path)) return -1;
-  return next(directory, path, mode);
-}
-
-int renameat(int from, const char *path, int in, const char *to) {
-  NEXT(renameat);
-  if (fails("renameat", path)) return -1;
-  return next(from, path, in, to);
-}
-
-#define OPENS(name) \
-  int name(const char *path, int flags, ...) { \
+/* What comes before `flags` is given once more, as it is passed on. */
+#define OPENS(name, parameters, ...) \
+  int name parameters { \
     NEXT(name); \
     va_list rest; \
     va_start(rest, flags); \
     mode_t mode = va_arg(rest, mode_t); \
     va_end(rest); \
     if ((flags & (O_CREAT | O_WRONLY | O_RDWR)) && fails(#name, path)) return -1; \
-    return next(path, flags, mode); \
+    return next(__VA_ARGS__, flags, mode); \
   }
 
-#define OPENS_AT(name) \
-  int name(int directory, const char *path, int flags, ...) { \
-    NEXT(name); \
-    va_list rest; \
-    va_start(rest, flags); \
-    mode_t mode = va_arg(rest, mode_t); \
-    va_end(rest); \
-    if ((flags & (O_CREAT | O_WRONLY | O_RDWR)) && fails(#name, path)) return -1; \
-    return next(directory, path, flags, mode); \
-  }
-
-OPENS(open)
-OPENS(open64)
-OPENS_AT(openat)
-OPENS_AT(openat64)
+OPENS(open, (const char *path, int flags, ...), path)
+OPENS(open64, (const char *path, int flags, ...), path)
+OPENS(openat, (int directory, const char *path, int flags, ...), directory, path)
+OPENS(openat64, (int directory, const char *path, int flags, ...), directory, path)

@@ -20,7 +20,7 @@ from tests.examples.llama.runs import config_of, tensors_of, write_files
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EINTR)
 SECONDS = 60  # after which a training counts as one that hangs
-# Evaluations, checkpoints, of which the first is removed, export and report.
+# Evaluations, an export, a report, and enough checkpoints that the first is removed.
 CHANGES = {
     "steps": 6,
     "eval_every": 3,

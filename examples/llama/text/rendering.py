@@ -129,8 +129,8 @@ class Chat(NamedTuple):
     """A conversation to render."""
 
     messages: Sequence[Mapping[str, Any]]
-    # For each text, how many of the messages it is of, and whether it ends with what
-    # comes before an answer.
+    # For each text, the number of messages that it covers, and whether it ends with the
+    # prompt for an answer.
     wanted: Sequence[tuple[int, bool]]
 
 

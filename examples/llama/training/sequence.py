@@ -147,12 +147,17 @@ def run(args: Args, flags: Sequence[str], *, progress: bool = True) -> dict[str,
     if start.distributed:
         raise ValueError("distributed is not for continual, which is one process")
     with locked(args.output):
-        return _run(args, flags, tasks, progress)
+        return _run(args, flags, tasks, start, progress)
 
 
 def _run(
-    args: Args, flags: Sequence[str], tasks: list[Task], progress: bool
+    args: Args,
+    flags: Sequence[str],
+    tasks: list[Task],
+    start: Config,
+    progress: bool,
 ) -> dict[str, Any]:
+    """See `run`; `start` is the first task's configuration."""
     path = args.output / "scores.json"
     fixed = {
         "tasks": [task.name for task in tasks],
@@ -160,7 +165,6 @@ def _run(
         "test_records": args.test_records,
         "max_new_tokens": args.max_new_tokens,
     }
-    start = task_config(args, flags, tasks, 0)
     results: dict[str, Any] = fixed | {"before": None, "scores": []}
     if path.exists():
         results = _scored(path, fixed)

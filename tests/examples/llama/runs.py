@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -124,6 +125,21 @@ def start(config, cache=None, **options):
         text=True,
         **options,
     )
+
+
+def lines_of(output):
+    """How many lines of metrics a run has written so far."""
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(what, *processes, seconds=120):
+    """Waits until what() is true, while all processes run."""
+    end = time.monotonic() + seconds
+    while not what():
+        ended = [p.communicate() for p in processes if p.poll() is not None]
+        assert time.monotonic() < end and not ended, ended
+        time.sleep(0.001)
 
 
 def finished(process, code=0, timeout=200):

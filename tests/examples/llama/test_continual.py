@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training import sequence
 from examples.llama.training.sequence import Args, run, tasks_of
 from tests.examples.llama.checkpoints.llama2c_files import BASE, write_tokenizer
-from tests.examples.llama.runs import ROOT, write_files
+from tests.examples.llama.runs import ROOT, lines_of, wait_for, write_files
 from tests.processes import environment
 
 
@@ -196,17 +195,13 @@ def test_goes_on_after_a_kill(world, plain, tmp_path, inside):
     command += [f"--output={output}", "--task-epochs=20", "--max-new-tokens=4"]
     options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
-    end = time.monotonic() + 200
 
     def come():
         if not inside:
             return (output / "1-first/result.json").exists()
-        metrics = output / "2-second/metrics.jsonl"
-        return metrics.exists() and metrics.read_text().count("\n") > 10
+        return lines_of(output / "2-second") > 10
 
-    while not come():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.005)
+    wait_for(come, process, seconds=200)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (output / "2-second/result.json").exists()

@@ -28,8 +28,6 @@ from tests.examples.llama.checkpoints.llama2c_files import (
 )
 from tests.examples.llama.text.tokenizer_files import (
     CHATML_TEMPLATE,
-    write_llama2,
-    write_llama3,
 )
 
 PIECES = [*" <|>aensrtu4", "s>", "an", " a", " an", "ans", "us", "er", "\n\n", "\n"]
@@ -40,16 +38,6 @@ FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tiny.bin"
     return load_tokenizer(write_tokenizer(path, ["<unk>", *BASE, *PIECES]))
-
-
-@pytest.fixture(scope="module")
-def llama2(tmp_path_factory):
-    return load_tokenizer(write_llama2(tmp_path_factory.mktemp("llama2")))
-
-
-@pytest.fixture(scope="module")
-def llama3(tmp_path_factory):
-    return load_tokenizer(write_llama3(tmp_path_factory.mktemp("llama3")))
 
 
 def write_lines(path, *values):

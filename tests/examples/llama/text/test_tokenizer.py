@@ -199,16 +199,6 @@ def test_tokenizer_missing(tmp_path):
         load_tokenizer(tmp_path / "nothing")
 
 
-@pytest.fixture(scope="session")
-def llama2(tmp_path_factory):
-    return load_tokenizer(write_llama2(tmp_path_factory.mktemp("llama2")))
-
-
-@pytest.fixture(scope="session")
-def llama3(tmp_path_factory):
-    return load_tokenizer(write_llama3(tmp_path_factory.mktemp("llama3")))
-
-
 @pytest.fixture(params=["small", "llama2", "llama3"])
 def tokenizer(request):
     found = request.getfixturevalue(request.param)

@@ -1,7 +1,6 @@
 """Whole runs with what works against forgetting, and with several at once."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -11,9 +10,11 @@ from mofo_jax.continual import interpolate
 from tests.examples.llama.runs import (
     config_of,
     finished,
+    lines_of,
     metrics_of,
     start,
     tensors_of,
+    wait_for,
 )
 
 MANY = {
@@ -119,11 +120,7 @@ def test_all_at_once_after_a_kill(files, run, tmp_path):
     """Replay, GEM and penalties resume bit for bit, as all else does."""
     config = config_of(files, tmp_path / "run", save_every=3, **many(files))
     process = start(config)
-    metrics = tmp_path / "run/metrics.jsonl"
-    end = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 8):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: lines_of(config.output) > 8, process)
     process.kill()
     process.communicate()
     assert not (tmp_path / "run/result.json").exists()

@@ -18,9 +18,11 @@ from tests.examples.llama.runs import (
     ROOT,
     config_of,
     finished,
+    lines_of,
     metrics_of,
     start,
     tensors_of,
+    wait_for,
     write_files,
 )
 
@@ -42,18 +44,6 @@ def config(world, output, **changes):
 
 def run(world, output, code=0, **changes):
     return finished(start(config(world, output, **changes), world[1]), code)
-
-
-def lines(output):
-    path = output / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def wait_for(what, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
-        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +91,7 @@ def test_killed_at_random_moments(world, undisturbed, tmp_path):
 
     def moment(at):
         def wait(process):
-            wait_for(lambda: lines(output) >= at, process)
+            wait_for(lambda: lines_of(output) >= at, process)
             time.sleep(rng.random() * 0.03)
 
         return wait
@@ -120,7 +110,7 @@ def test_killed_during_a_save(world, undisturbed, tmp_path):
 
         def half_written():
             names = [p.name for p in directory.iterdir()] if directory.exists() else []
-            return lines(output) > 12 and any("tmp" in name for name in names)
+            return lines_of(output) > 12 and any("tmp" in name for name in names)
 
         wait_for(half_written, process)
 
@@ -143,7 +133,7 @@ def test_killed_with_importance(world, tmp_path, changes):
     output, other = tmp_path / "run", tmp_path / "other"
     made = output / "importance.safetensors"
     kept = []
-    for moment in (made.exists, lambda: lines(output) > 20):
+    for moment in (made.exists, lambda: lines_of(output) > 20):
         process = start(config(world, output, **changes), world[1])
         wait_for(moment, process)
         process.kill()
@@ -199,7 +189,7 @@ def test_stopped_by_a_signal(world, undisturbed, tmp_path, number, code):
     """
     output = tmp_path / "run"
     process = start(config(world, output, save_every=1000), world[1])
-    wait_for(lambda: lines(output) > 15, process)
+    wait_for(lambda: lines_of(output) > 15, process)
     process.send_signal(number)
     _, err = finished(process, code)
     last = err.splitlines()[-1]
@@ -223,7 +213,7 @@ def test_goes_on_upon_another_mesh(world, undisturbed, tmp_path, capsys):
     """As on the first one, but for rounding."""
     output = tmp_path / "run"
     process = start(config(world, output, save_every=1000), world[1])
-    wait_for(lambda: lines(output) > 15, process)
+    wait_for(lambda: lines_of(output) > 15, process)
     process.send_signal(signal.SIGTERM)
     finished(process, 143)
     train(config(world, output, mesh="fsdp=2"))
@@ -235,20 +225,20 @@ def test_goes_on_upon_another_mesh(world, undisturbed, tmp_path, capsys):
 def test_other_settings_are_refused(world, tmp_path):
     output = tmp_path / "run"
     process = start(config(world, output), world[1])
-    wait_for(lambda: lines(output) > 5, process)
+    wait_for(lambda: lines_of(output) > 5, process)
     process.kill()
     process.communicate()
     with pytest.raises(
         ValueError, match=r"holds a run with learning_rate 0\.01, not 0"
     ):
         train(config(world, output, learning_rate=3e-3))
-    assert lines(output) > 5
+    assert lines_of(output) > 5
 
 
 def test_two_processes_on_one_output(world, undisturbed, tmp_path):
     output = tmp_path / "run"
     process = start(config(world, output), world[1])
-    wait_for(lambda: lines(output) > 5, process)
+    wait_for(lambda: lines_of(output) > 5, process)
     _, err = run(world, output, code=2)
     where = f"{output}: process {process.pid} on {socket.gethostname()} is writing"
     assert err.startswith(f"train: {where}")
@@ -263,7 +253,7 @@ def test_other_files_are_refused(world, tmp_path):
     relative = {"data": (os.path.relpath(files["data"][0], ROOT) + ":2",)}
     given = config_of(files | relative, output, save_every=2)
     process = start(dataclasses.replace(given, steps=STEPS), world[1])
-    wait_for(lambda: lines(output) > 5, process)
+    wait_for(lambda: lines_of(output) > 5, process)
     process.kill()
     process.communicate()
     given = dataclasses.replace(given, steps=STEPS, data=(f"{files['data'][0]}:2",))
@@ -283,7 +273,7 @@ def test_without_its_metrics(world, undisturbed, tmp_path, damage):
     """The results do not depend on them, and a damaged line is named."""
     output = tmp_path / "run"
     process = start(config(world, output), world[1])
-    wait_for(lambda: lines(output) > 30, process)
+    wait_for(lambda: lines_of(output) > 30, process)
     process.kill()
     process.communicate()
     path = output / "metrics.jsonl"
@@ -304,7 +294,7 @@ def test_without_its_metrics(world, undisturbed, tmp_path, damage):
 def test_a_damaged_checkpoint(world, undisturbed, tmp_path):
     output = tmp_path / "run"
     process = start(config(world, output), world[1])
-    wait_for(lambda: lines(output) > 20, process)
+    wait_for(lambda: lines_of(output) > 20, process)
     process.send_signal(signal.SIGTERM)
     finished(process, 143)
     steps = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
@@ -330,7 +320,7 @@ def test_a_disk_that_fills_up(world, tmp_path):
     """The system refuses to write; the run can resume from earlier checkpoints."""
     output = tmp_path / "run"
     process = start(config(world, output), world[1])
-    wait_for(lambda: lines(output) > 15, process)
+    wait_for(lambda: lines_of(output) > 15, process)
     limits = (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
     _, err = finished(process, 2)

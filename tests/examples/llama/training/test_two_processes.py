@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import pytest
 
@@ -11,9 +10,11 @@ from examples.llama.training.loop import train
 from tests.examples.llama.runs import (
     config_of,
     finished,
+    lines_of,
     metrics_of,
     start,
     tensors_of,
+    wait_for,
     write_files,
 )
 from tests.processes import free_port
@@ -93,11 +94,7 @@ def test_two_processes_stopped_and_going_on(tmp_path):
     output = tmp_path / "run"
     changes = {"steps": 60, "save_every": 1000, "eval_every": 1000}
     both = pair(files, output, cache, **changes)
-    metrics = output / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < 15:
-        assert time.monotonic() < end and all(p.poll() is None for p in both)
-        time.sleep(0.01)
+    wait_for(lambda: lines_of(output) >= 15, *both)
     both[1].terminate()
     errors = [finished(process, 143)[1] for process in both]
     steps = [re.search(r"signal 15 after step (\d+);", text)[1] for text in errors]
