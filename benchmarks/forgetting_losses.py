@@ -20,7 +20,8 @@ from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.llama import Llama
 from examples.llama.model.loss import Batch, pick, predict
 from examples.llama.model.products import float32_einsum
-from examples.llama.text.rows import load_dataset, ordered_batches
+from examples.llama.text.batches import ordered_batches
+from examples.llama.text.rows import load_dataset
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.config import Config
 from examples.llama.training.steps import Loss

@@ -17,7 +17,8 @@ from benchmarks.forgetting_optimizers import at_unit_scale, keep_in
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.llama import Llama
 from examples.llama.model.sharding import make_mesh
-from examples.llama.text.rows import Dataset, ordered_batches
+from examples.llama.text.batches import ordered_batches
+from examples.llama.text.dataset import Dataset
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training.config import Config
 from examples.llama.training.fisher import (
@@ -214,7 +215,7 @@ def second_order(config: Config) -> Callable[[Any, Any, Any, Any], Any]:
     Both are in nats a token: F is that of a text over its tokens.
     """
     own = own_texts(config)
-    tokens = float(own.rows.loss_mask.sum()) / len(own.rows)
+    tokens = float(own.rows.take()["loss_mask"].sum()) / len(own.rows)
     fisher = optax.tree.scale(1 / tokens, _fisher(own, config, factored=False))
 
     def score(gradients: Any, updates: Any, *_: Any) -> Any:

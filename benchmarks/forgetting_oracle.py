@@ -16,7 +16,7 @@ from flax import nnx
 from benchmarks.forgetting_losses import predictions
 from benchmarks.forgetting_metrics import DAMPING, own_texts
 from benchmarks.forgetting_optimizers import at_unit_scale
-from examples.llama.text.rows import ordered_batches
+from examples.llama.text.batches import ordered_batches
 from examples.llama.training.config import Config
 from examples.llama.training.optimizers import scale_by_given_learning_rate
 

@@ -29,7 +29,7 @@ from examples.llama.checkpoints.huggingface import check_destination, save_huggi
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.model.loss import Batch, next_token_loss
 from examples.llama.reporting.measured import MEASURES
-from examples.llama.text import rows
+from examples.llama.text import batches, rows
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer, tokenizer_path
 from mofo_jax import all_but_norms_and_biases, mofo
 
@@ -83,10 +83,10 @@ def finetune(settings: Settings) -> dict[str, dict[str, float]]:
     records = rows.load_dataset(settings.data, tokenizer, length)
     held_out = rows.load_dataset(settings.eval_data, tokenizer, length)
     retained = rows.load_text(settings.retain_data, tokenizer, length)
-    batches = rows.training_batches([records], [1.0], size, settings.seed)
+    stream = batches.training_batches([records], [1.0], size, settings.seed)
     print(
-        f"{len(records):,} records ({records.truncated:,} truncated, "
-        f"{records.dropped:,} dropped); {steps:,} steps, "
+        f"{len(records):,} records ({records.outcome.truncated:,} truncated, "
+        f"{records.outcome.dropped:,} dropped); {steps:,} steps, "
         f"{steps * size / len(records):.2g} epochs"
     )
 
@@ -116,7 +116,9 @@ def finetune(settings: Settings) -> dict[str, dict[str, float]]:
         """The loss per token: what was learnt, and what was forgotten."""
         losses = {}
         for name, dataset in {"eval_loss": held_out, "retain_loss": retained}.items():
-            found = [loss_sum(params, x) for x in rows.ordered_batches(dataset, size)]
+            found = [
+                loss_sum(params, x) for x in batches.ordered_batches(dataset, size)
+            ]
             total, count = np.array(jax.device_get(found), np.float64).sum(axis=0)
             losses[name] = float(total / count)
         return losses
@@ -124,7 +126,7 @@ def finetune(settings: Settings) -> dict[str, dict[str, float]]:
     before = evaluate(params)
     bar = tqdm(range(1, steps + 1), desc="training", **terminal.bar_style())
     for step in bar:
-        params, opt_state, loss = train_step(params, opt_state, next(batches))
+        params, opt_state, loss = train_step(params, opt_state, next(stream))
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step}; nothing is saved")

@@ -18,7 +18,7 @@ from benchmarks.forgetting_metrics import (
 )
 from benchmarks.forgetting_optimizers import keep_with
 from examples.llama.model.sharding import make_mesh
-from examples.llama.text.rows import ordered_batches
+from examples.llama.text.batches import ordered_batches
 from examples.llama.training.fisher import estimate_fisher, row_gradient
 from examples.llama.training.loop import train
 from tests.examples.llama.runs import config_of, write_files
@@ -102,7 +102,7 @@ def test_texts_at_the_models_own_temperature_are_those_of_keep(config, own):
     keep = first_step(keep_with()(config), own, importance=fisher)
     found = first_step(texts_at(1.0)(config), own)
     jax.tree.map(np.testing.assert_array_equal, found, keep)
-    (text, *others) = own_texts(config, temperature=0.0).rows.tokens
+    (text, *others) = own_texts(config, temperature=0.0).rows.take()["tokens"]
     assert all((text == other).all() for other in others)
 
 
@@ -111,7 +111,7 @@ def test_second_order(config, own, gradients):
     params = nnx.state(own.model)
     ones, steps = optax.tree.ones_like(params), optax.tree.full_like(params, -0.5)
     found = named(score(ones, steps, None, params))
-    tokens = own.rows.loss_mask.sum()
+    tokens = own.rows.take()["loss_mask"].sum()
     for name, x in found.items():
         fisher = sum(np.asarray(named(tree)[name]) ** 2 for tree in gradients) / tokens
         expected = np.maximum(0, 0.5 - fisher * 0.25 / 2)

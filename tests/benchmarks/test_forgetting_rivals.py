@@ -11,7 +11,8 @@ from benchmarks import forgetting_losses
 from benchmarks.forgetting_losses import eaft, flow
 from benchmarks.forgetting_optimizers import finch, partially_adaptive
 from examples.llama.checkpoints.loading import load_model
-from examples.llama.text.rows import load_dataset, ordered_batches
+from examples.llama.text.batches import ordered_batches
+from examples.llama.text.rows import load_dataset
 from examples.llama.text.tokenizer import load_tokenizer
 from tests.examples.llama.runs import config_of, write_files
 

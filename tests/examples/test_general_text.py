@@ -29,4 +29,4 @@ def test_is_retained_text(tmp_path):
     assert (tmp_path / FILE).read_text(encoding="utf-8") == general_text()
     tokenizer = load_tokenizer(write_files(tmp_path)["model"])
     rows = load_text(tmp_path / FILE, tokenizer, 64)
-    assert rows.loss_mask.sum() > 20_000
+    assert rows.take()["loss_mask"].sum() > 20_000

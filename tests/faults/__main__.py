@@ -54,15 +54,10 @@ def inject(directory: Path) -> Iterator[dict]:
 
     def work(first: int) -> None:
         """Puts the lines of one process, and of those that replace it, in the queue."""
-        command = [
-            sys.executable,
-            "-m",
-            "tests.faults.injected",
-            str(directory / "runs"),
-        ]
+        command = [sys.executable, "-m", "tests.faults.injected", directory / "runs"]
         while True:
             process = subprocess.Popen(
-                [*command, str(directory / "runs"), str(first), str(WORKERS)],
+                [*command, str(first), str(WORKERS)],
                 env=settings,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

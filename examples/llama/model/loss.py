@@ -13,7 +13,7 @@ from examples.llama.model.llama import Llama
 from examples.llama.model.products import float32_einsum
 from mofo_jax.continual import fisher_probe, forward_kl
 
-Batch = dict[str, jax.Array]  # see text.rows.training_batches; without "row"
+Batch = dict[str, jax.Array]  # see text.batches.training_batches; without "row"
 
 CHUNK_BYTES = 1 << 27  # of float32 logits at a time, on all devices together
 CHUNKS = 4  # at least; more could leave out more, but each adds up the head's gradient

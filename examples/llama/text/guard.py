@@ -90,7 +90,7 @@ class Finder:
         inside: Callable[[str], int],
     ):
         self._inside = inside
-        self._risky: dict[str, bool] = {}
+        self._harmless: set[str] = set()  # characters, as far as they were met
         self._normalize = normalizer.normalize_str if normalizer and names else None
         changed = {self._normalized(name) for name in names}
         self._pattern = _pattern({*names, *changed})
@@ -145,7 +145,11 @@ class Finder:
     def _reads(self, text: str) -> bool:
         """Whether the normalizer makes a name of the text."""
         # Nearly all texts need not be normalized to know.
-        if self._normalize is None or not any(map(self._is_risky, set(text))):
+        if self._normalize is None or self._harmless.issuperset(text):
+            return False
+        characters = set(text)
+        self._harmless.update(x for x in characters if not self._is_risky(x))
+        if self._harmless.issuperset(characters):
             return False
         return self._changed_pattern.search(self._normalize(text)) is not None
 
@@ -159,13 +163,10 @@ class Finder:
 
     def _is_risky(self, character: str) -> bool:
         """Whether a character may be part of a name that a normalizer makes."""
-        if (known := self._risky.get(character)) is None:
-            changed = self._normalized(character)
-            known = changed != character and (
-                not changed or not self._characters.isdisjoint(changed)
-            )
-            self._risky[character] = known
-        return known
+        changed = self._normalized(character)
+        return changed != character and (
+            not changed or not self._characters.isdisjoint(changed)
+        )
 
 
 def scaffolds(

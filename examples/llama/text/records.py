@@ -2,6 +2,7 @@
 
 import codecs
 import collections
+import glob
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
+HUB = "hf:"  # before the name of a data set
 _REPEATED = object()  # the value of a field that a JSON object has more than once
 
 # Fields that one turn of a user and an assistant come from, and whose format it is.
@@ -63,7 +65,36 @@ class Records(NamedTuple):
 
 
 def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Records:
-    """Reads records, each in the format that its fields tell.
+    """Reads all records that a path names; see `RecordReader`.
+
+    Args:
+      path: As for `RecordReader`.
+      skip_bad: Whether to skip malformed records instead of stopping at the first.
+
+    Returns:
+      The records, and why others were skipped.
+
+    Raises:
+      OSError: A file cannot be read.
+      ValueError: A record is malformed, or there is none; the message has the file,
+        the line (or the record's number from 1), and what is allowed.
+    """
+    records: list[Record] = []
+    bad: list[str] = []
+    for found in RecordReader(path):
+        if isinstance(found, Record):
+            records.append(found)
+        elif skip_bad:
+            bad.append(str(found))
+        else:
+            raise found
+    if not records:
+        raise ValueError(f"{path}: all records are bad, {len(bad)}. {bad[0]}")
+    return Records(records, bad)
+
+
+class RecordReader:
+    """Reads records one by one, each in the format that its fields tell.
 
     GSM8K has "question" and "answer", Alpaca "instruction", "output" and perhaps
     "input" (which stands on a new line after the instruction, as in LLaMA-Factory),
@@ -72,47 +103,115 @@ def read_records(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Rec
     has "text". Other fields are ignored. A record is malformed where a field that is
     read is there more than once.
 
-    Args:
-      path: JSON lines, among which blank ones are ignored; or, in a file called .json,
-        one JSON list; or "hf:NAME[:CONFIG][:SPLIT]", a name or directory that
-        `datasets.load_dataset` takes, with the split "train" by default.
-      skip_bad: Whether to skip malformed records instead of stopping at the first.
+    An iteration gives each record, or the ValueError that says what is wrong with it,
+    with its file and line (or the record's number from 1), and what is allowed. It
+    raises ValueError where there is none.
 
-    Returns:
-      The records, and why others were skipped.
+    Args:
+      path: See `find_files`; or "hf:NAME[:CONFIG][:SPLIT]", a name or directory that
+        `datasets.load_dataset` takes, with the split "train" by default. A file has
+        JSON lines, among which blank ones are ignored; or, if it is called .json, one
+        JSON list, which is read as a whole.
+
+    Attributes:
+      size: How many bytes there are to read.
+      done: How many have been read.
+      digest: A data set's fingerprint, which changes with its content; None for files.
 
     Raises:
-      OSError: The file cannot be read.
-      ValueError: A record is malformed, or there is none; the message has the file,
-        the line (or the record's number from 1), and what is allowed.
+      OSError: A file is not there.
+      ValueError: The path names no file, or no data set that can be loaded.
     """
-    path = os.fspath(path)
-    kind, values = "record", None
-    if path.startswith("hf:"):
-        values = _dataset(path)
-    elif path.lower().endswith(".json"):
-        values = _json_list(path)
-    if values is None:
-        kind, values = "line", _lines(path)
-    records: list[Record] = []
-    bad: list[str] = []
-    for number, value in values:
-        try:
-            if isinstance(value, bytes):
-                value = _parsed(value.decode().rstrip())
-            content = _content(value)
-        except (ValueError, RecursionError) as error:
-            reason = f"{path}, {kind} {number}: {_problem(error)}; {_ALLOWED}"
-            if not skip_bad:
-                raise ValueError(reason) from None
-            bad.append(reason)
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        self.done = 0
+        self.digest: str | None = None
+        self._dataset: Any = None
+        if self.path.startswith(HUB):
+            self._dataset = _load_dataset(self.path)
+            self.size = self._dataset.data.nbytes
+            self.digest = self._dataset._fingerprint
         else:
-            records.append(Record(content, f"{path}:{number}"))
-    if not records and bad:
-        raise ValueError(f"{path}: all records are bad, {len(bad)}. {bad[0]}")
-    if not records:
-        raise ValueError(f"{path}, {kind} 1: no record in the file; {_ALLOWED}")
-    return Records(records, bad)
+            self.size = sum(file.stat().st_size for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read; none of a data set's."""
+        return find_files(self.path)
+
+    def __iter__(self) -> Iterator[Record | ValueError]:
+        self.done, count = 0, 0
+        for name, kind, values in self._values():
+            for number, value in values:
+                count += 1
+                try:
+                    if isinstance(value, bytes):
+                        value = _parsed(value.decode().rstrip())
+                    content = _content(value)
+                except (ValueError, RecursionError) as error:
+                    where = f"{name}, {kind} {number}"
+                    yield ValueError(f"{where}: {_problem(error)}; {_ALLOWED}")
+                else:
+                    yield Record(content, f"{name}:{number}")
+        if not count:
+            raise ValueError(f"{name}, {kind} 1: no record in the file; {_ALLOWED}")
+
+    def _values(self) -> Iterator[tuple[str, str, Iterator[tuple[int, Any]]]]:
+        """Of each file its name, what its values are, and these with their numbers."""
+        if self._dataset is not None:
+            yield self.path, "record", self._rows()
+        for file in self.files:
+            name, values = str(file), None
+            if file.suffix.lower() == ".json":
+                values = _json_list(name)
+            if values is None:
+                yield name, "line", self._lines(file)
+            else:
+                yield name, "record", values
+                self.done += file.stat().st_size
+
+    def _rows(self) -> Iterator[tuple[int, Any]]:
+        for number, value in enumerate(self._dataset, start=1):
+            self.done = self.size * number // len(self._dataset)
+            yield number, value
+
+    def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                self.done += len(line)
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # of Windows' editors
+                if line.strip():
+                    yield number, line
+
+
+def find_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of records that a path names, in the order in which they are read.
+
+    That is one file; or in a directory all files called .jsonl or .json; or the files
+    that a pattern such as "shards/*.jsonl" finds. Several come in the order of their
+    names. Of "hf:NAME" there is none.
+
+    Raises:
+      OSError: There is no such file or directory.
+      ValueError: No file is found.
+    """
+    name, path = os.fspath(path), Path(path)
+    if name.startswith(HUB):
+        return []
+    if path.is_dir():
+        found = [x for x in path.iterdir() if x.suffix.lower() in (".jsonl", ".json")]
+        missing = "no file called .jsonl or .json in it"
+    elif glob.has_magic(name) and not path.exists():
+        found = [Path(x) for x in glob.glob(name)]
+        missing = "no file fits this pattern"
+    else:
+        path.stat()  # the error names the file
+        return [path]
+    if not (files := sorted(x for x in found if x.is_file())):
+        raise ValueError(f"{name}: {missing}; expected files of records")
+    return files
 
 
 class Source(NamedTuple):
@@ -160,15 +259,6 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"{path}, line {line}: {error}; expected UTF-8") from None
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)  # of Windows' editors
-            if line.strip():
-                yield number, line
-
-
 def _json_list(path: str) -> Iterator[tuple[int, Any]] | None:
     """A JSON list's values, or None where the file begins otherwise."""
     text = read_text(path)
@@ -201,26 +291,25 @@ def _problem(error: Exception) -> str:
     return str(error)
 
 
-def _dataset(path: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a dataset of the library `datasets`."""
+def _load_dataset(path: str) -> Any:
+    """A data set of the library `datasets`, whose rows stay on disk."""
     try:
         import datasets
     except ImportError:
         raise ValueError(f"{path}: needs `pip install datasets`") from None
-    name, config, split = (*path.removeprefix("hf:").split(":", 2), "", "")[:3]
+    name, config, split = (*path.removeprefix(HUB).split(":", 2), "", "")[:3]
     if not name:
         raise ValueError(
             f"{path!r} names no data set; expected hf:NAME[:CONFIG][:SPLIT]"
         )
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
+        return datasets.load_dataset(name, config or None, split=split or "train")
     except OSError:
         raise
     except Exception as error:  # it has many kinds
         raise ValueError(
             f"{path}: {error}; expected hf:NAME[:CONFIG][:SPLIT]"
         ) from None
-    return enumerate(rows, start=1)
 
 
 def _content(value: Any) -> tuple[Message, ...] | str:

@@ -1,6 +1,7 @@
 """Records as tokens, in the paper's template or in the tokenizer's own."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,10 @@ from examples.llama.text.rendering import Chat
 from examples.llama.text.tokenizer import Tokenizer
 
 TEMPLATES = ("paper", "tokenizer")
-_CHUNK = 1024  # records that are tokenized at the same time
+# Records that are tokenized at the same time, and about how many characters they have.
+_CHUNK = 1024
+_CHARACTERS = 1 << 22
+_CHARACTERS_PER_TOKEN = 64  # hardly a text has so many
 
 
 class Piece(NamedTuple):
@@ -32,6 +36,7 @@ class Pieces(NamedTuple):
     # Whether its text somewhere reads like a special token, or in a conversation like a
     # mark of a turn. It stays text.
     escaped: bool = False
+    empty: bool = False  # whether an answer is empty
 
 
 class Example(NamedTuple):
@@ -91,7 +96,8 @@ def split_all(
             if isinstance(content, tuple) and template == "tokenizer"
         ]
         texts = iter(tokenizer.render_chats(chats))
-        for (before, source), content in zip(chunk, contents, strict=True):
+        for record, content in zip(chunk, contents, strict=True):
+            before, source = record
             try:
                 if isinstance(content, ValueError):
                     raise content
@@ -107,34 +113,84 @@ def split_all(
                 yield ValueError(f"{source}: {error}")
             else:
                 escaped = content != before or _special(before, tokenizer)
-                yield Pieces(pieces, rendered, source, escaped)
+                yield Pieces(pieces, rendered, source, escaped, record.has_empty_answer)
 
 
-def tokenize(texts: Iterable[Pieces], tokenizer: Tokenizer) -> Iterator[Example]:
-    """The tokens of texts, whole, and which of them count in the loss.
+def tokenize(
+    texts: Iterable[Pieces], tokenizer: Tokenizer, length: int | None = None
+) -> Iterator[Example]:
+    """The tokens of texts, and which of them count in the loss.
 
     The tokens up to a record's first answer are those that encoding this text alone
     gives, as when an answer is to be generated. Text that is not rendered begins with
     the bos token.
+
+    Args:
+      texts: The texts.
+      tokenizer: The model's.
+      length: How many tokens of each text are wanted; by default all. Those of a longer
+        text are still more than that, but not all: what lies far behind is left out
+        before the text is tokenized, so that it takes no memory.
     """
     for rendered, group in itertools.groupby(texts, lambda text: text.rendered):
-        start = [] if rendered or tokenizer.bos_id is None else [tokenizer.bos_id]
-        while chunk := list(itertools.islice(group, _CHUNK)):
-            encoded = tokenizer.encode_pieces(
-                [[piece.text for piece in text.pieces] for text in chunk], chat=rendered
-            )
-            for text, parts in zip(chunk, encoded, strict=True):
-                tokens, mask = list(start), [False] * len(start)
-                for piece, ids in zip(text.pieces, parts, strict=True):
-                    if piece.ended:
-                        ids = [*ids, tokenizer.eos_ids[0]]
-                    counted = _counted(ids, tokenizer) if piece.counted else 0
-                    tokens += ids
-                    mask += [i < counted for i in range(len(ids))]
-                mask[:1] = [False] * len(mask[:1])  # nothing predicts the first one
-                yield Example(
-                    np.array(tokens, np.int32), np.array(mask, bool), text.source
-                )
+        for chunk in _chunks(group, _most_characters(length)):
+            short = [_shortened(text, _most_characters(length)) for text in chunk]
+            examples = _encoded(short, rendered, tokenizer)
+            for whole, text, example in zip(chunk, short, examples, strict=True):
+                # A text may have few tokens for its characters.
+                if text is not whole and len(example.tokens) < 2 * (length or 0):
+                    (example,) = _encoded([whole], rendered, tokenizer)
+                yield example
+
+
+def _most_characters(length: int | None) -> float:
+    """How much of a text is tokenized at first, where so many tokens are wanted."""
+    return math.inf if length is None else max(length, 1024) * _CHARACTERS_PER_TOKEN
+
+
+def _chunks(texts: Iterable[Pieces], most: float) -> Iterator[list[Pieces]]:
+    """The texts in lists that take little memory to tokenize."""
+    chunk: list[Pieces] = []
+    characters: float = 0
+    for text in texts:
+        chunk.append(text)
+        characters += min(most, sum(len(piece.text) for piece in text.pieces))
+        if len(chunk) == _CHUNK or characters >= _CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _shortened(text: Pieces, most: float) -> Pieces:
+    """The text's first `most` characters; itself where it has no more."""
+    ends = itertools.accumulate(len(piece.text) for piece in text.pieces)
+    for i, end in enumerate(ends):
+        if end > most:
+            last = text.pieces[i]
+            kept = len(last.text) - int(end - most)
+            last = Piece(last.text[:kept], last.counted)
+            return text._replace(pieces=[*text.pieces[:i], last])
+    return text
+
+
+def _encoded(
+    texts: Sequence[Pieces], rendered: bool, tokenizer: Tokenizer
+) -> Iterator[Example]:
+    start = [] if rendered or tokenizer.bos_id is None else [tokenizer.bos_id]
+    encoded = tokenizer.encode_pieces(
+        [[piece.text for piece in text.pieces] for text in texts], chat=rendered
+    )
+    for text, parts in zip(texts, encoded, strict=True):
+        tokens, mask = list(start), [False] * len(start)
+        for piece, ids in zip(text.pieces, parts, strict=True):
+            if piece.ended:
+                ids = [*ids, tokenizer.eos_ids[0]]
+            counted = _counted(ids, tokenizer) if piece.counted else 0
+            tokens += ids
+            mask += [True] * counted + [False] * (len(ids) - counted)
+        mask[:1] = [False] * len(mask[:1])  # nothing predicts the first one
+        yield Example(np.array(tokens, np.int32), np.array(mask, bool), text.source)
 
 
 def prompts(
@@ -250,5 +306,5 @@ def _counted(ids: list[int], tokenizer: Tokenizer) -> int:
 
     A template may put more text behind it, such as a line break.
     """
-    ends = [i for i, token in enumerate(ids) if token in tokenizer.eos_ids]
-    return ends[-1] + 1 if ends else len(ids)
+    ends = (n for n in range(len(ids), 0, -1) if ids[n - 1] in tokenizer.eos_ids)
+    return next(ends, len(ids))

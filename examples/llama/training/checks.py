@@ -68,7 +68,7 @@ def check(config: Config) -> None:
     tokenizer_path(config.tokenizer, config.model)
     if config.knowledge not in (None, WORLD):
         Path(config.knowledge).stat()
-    for path in config.record_files:
+    for path in config.record_files:  # raises what is wrong with a name
         path.stat()
     if (source := config.importance_source) not in (None, SELF):
         if not Path(source).is_file():

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from examples.llama.model.parameters import DTypeName
-from examples.llama.text.records import Source, parse_source
+from examples.llama.text.records import Source, find_files, parse_source
 from examples.llama.training.flags import (
     parse_interpolation,
     parse_penalties,
@@ -40,8 +41,9 @@ class Config:
     tokenizer: Path | None = None
     """A directory with tokenizer.json, or a llama2.c tokenizer; else the model's."""
     data: Annotated[tuple[str, ...], _Many, tyro.conf.arg(metavar="FILE[:WEIGHT]")]
-    """Records to learn: JSON lines, or hf:NAME for a data set of the hub. Given several
-    times, rows are drawn from each by its weight."""
+    """Records to learn: JSON lines, a directory or 'PATTERN*' of such files, or hf:NAME
+    for a data set of the hub. Given several times, rows are drawn from each by its
+    weight."""
     eval_data: str | None = None
     """Held-out records, in any of the same forms."""
     retain_data: Path | None = None
@@ -64,6 +66,10 @@ class Config:
     """Put several records in a row, each seeing itself alone, instead of padding."""
     skip_bad_records: bool = False
     """Count malformed lines and skip them, instead of stopping at the first."""
+    cache_dir: Path | None = None
+    """Directory for the tokenized rows of large data (over 64 MiB), which later runs
+    with the same data take; by default mofo_jax in the user's cache directory. It may
+    be deleted between runs."""
 
     # Optimizer
     # A plain str, so that `check` names an unknown method in one line.
@@ -214,10 +220,17 @@ class Config:
         mixed = (source.path for source in (*self.sources, *self.replayed))
         names = (*mixed, *self.gem, self.eval_data, self.fisher_data)
         return tuple(
-            Path(name)
+            file
             for name in names
-            if name not in (None, SELF) and not name.startswith("hf:")
+            if name not in (None, SELF)
+            for file in find_files(name)
         )
+
+    @property
+    def rows_directory(self) -> Path:
+        """Where the rows of large data are."""
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return self.cache_dir or caches / "mofo_jax"
 
     @property
     def importance_source(self) -> str | None:

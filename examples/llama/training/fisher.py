@@ -15,7 +15,8 @@ from examples.llama.checkpoints.fisher_files import named_fisher
 from examples.llama.model.llama import Llama
 from examples.llama.model.loss import predict, probe_sum
 from examples.llama.model.sharding import fisher_sharding, replicated
-from examples.llama.text.rows import Batch, Dataset, ordered_batches
+from examples.llama.text.batches import ordered_batches
+from examples.llama.text.dataset import Batch, Dataset
 from examples.llama.text.tokenizer import Tokenizer
 from examples.llama.training.own_texts import drawing, text_rows
 from mofo_jax.continual import FactoredFisher, fisher_diagonal, self_fisher

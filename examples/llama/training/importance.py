@@ -18,7 +18,7 @@ from examples.llama.checkpoints.fisher_files import (
 )
 from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import fisher_sharding, replicated, shardings_of
-from examples.llama.text.rows import Dataset
+from examples.llama.text.dataset import Dataset
 from examples.llama.training.config import SELF, Config
 from examples.llama.training.fisher import estimate_fisher
 from mofo_jax.continual import FactoredFisher, scale_by_fisher

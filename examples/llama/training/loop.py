@@ -20,7 +20,7 @@ from examples.llama.model.flops import peak_flops, training_flops
 from examples.llama.model.loss import next_token_loss
 from examples.llama.model.sharding import put_batch
 from examples.llama.reporting.measured import MEASURES
-from examples.llama.text.rows import records_of
+from examples.llama.text.batches import records_of
 from examples.llama.training import inputs
 from examples.llama.training.checkpoint import Checkpoint, Checkpoints, check_space
 from examples.llama.training.checks import check

@@ -24,7 +24,8 @@ from examples.llama.model.loss import (
 )
 from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import put_batch
-from examples.llama.text.rows import Dataset, ordered_batches
+from examples.llama.text.batches import ordered_batches
+from examples.llama.text.dataset import Dataset
 from examples.llama.text.tokenizer import Tokenizer
 from mofo_jax import distance
 

@@ -18,8 +18,7 @@ from examples import terminal
 from examples.files import write_json_lines
 from examples.llama.model.generation import generate
 from examples.llama.model.llama import Llama
-from examples.llama.text.rows import Dataset, one_a_row
-from examples.llama.text.templates import Example
+from examples.llama.text.dataset import Dataset, alone, in_memory
 from examples.llama.text.tokenizer import Tokenizer
 from mofo_jax.continual import draw_texts
 
@@ -131,22 +130,22 @@ def text_rows(
     texts: Sequence[Sequence[int]], length: int, pad_id: int, source: str = "text"
 ) -> Dataset:
     """A row for each text. All tokens but the first count."""
-    examples = [
-        Example(
+    rows = [
+        alone(
             np.array(tokens, np.int32),
             np.arange(len(tokens)) > 0,
             f"{source}:{number}",
         )
         for number, tokens in enumerate(texts, start=1)
     ]
-    return one_a_row(examples, length, pad_id)
+    return in_memory(rows, length, pad_id)
 
 
 def save_texts(rows: Dataset, tokenizer: Tokenizer, output: Path) -> None:
     """Writes OUTPUT/self_replay.jsonl, from which a resumed run takes its texts."""
     lines = []
-    for tokens, inside in zip(rows.tokens, rows.segment_ids, strict=True):
-        ids = tokens[inside > 0].tolist()
+    for row in range(len(rows)):
+        ids = rows[row].tokens.tolist()
         lines.append({"text": tokenizer.decode(ids), "tokens": ids})
     write_json_lines(output / FILE, lines)
 

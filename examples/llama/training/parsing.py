@@ -13,7 +13,7 @@ import tyro
 
 from examples.files import read_json_object
 from examples.llama.evaluation.questions import WORLD
-from examples.llama.text.records import parse_source
+from examples.llama.text.records import HUB, parse_source
 from examples.llama.training.config import SELF, Config
 from examples.llama.training.presets import PRESETS
 
@@ -103,7 +103,7 @@ def _absolute(setting: str, value: Any) -> Any:
 
 def _absolute_source(text: str) -> str:
     path = parse_source(text).path
-    if path in (SELF, WORLD) or path.startswith("hf:"):
+    if path in (SELF, WORLD) or path.startswith(HUB):
         return text
     return f"{Path(path).resolve()}{text.removeprefix(path)}"
 
@@ -114,6 +114,7 @@ def same_run(config: Config, path: Path) -> None:
     # What may differ between the parts of a run, which changes nothing but rounding.
     free = {"preset", "config", "distributed", "coordinator", "processes", "process_id"}
     free |= {"mesh", "save_every", "resume_from", "keep", "report", "lora_merge"}
+    free |= {"cache_dir"}
     # Through JSON, in which data's tuple is a list.
     for name, value in json.loads(json.dumps(settings(config))).items():
         if name not in free and stored.get(name) != value:

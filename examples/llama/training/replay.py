@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 
 from examples.llama.model.llama import Llama
-from examples.llama.text.rows import Dataset, load_dataset, load_text
+from examples.llama.text.dataset import Dataset
+from examples.llama.text.rows import load_dataset, load_text
 from examples.llama.text.tokenizer import Tokenizer
 from examples.llama.training.config import SELF, Config
 from examples.llama.training.own_texts import FILE, read_texts, text_rows, write_texts
@@ -30,7 +31,11 @@ class Datasets(NamedTuple):
 
 
 def load_data(
-    config: Config, tokenizer: Tokenizer, say: Callable[[str], None]
+    config: Config,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
+    *,
+    progress: bool = False,
 ) -> Datasets:
     """All records and texts as tokens; says what became of the records.
 
@@ -45,19 +50,22 @@ def load_data(
             pack=pack,
             template=config.template,
             skip_bad=config.skip_bad_records,
+            cache_dir=config.rows_directory,
+            progress=progress,
         )
+        truncated, dropped, escaped, bad, empty = found.outcome
         say(
             f"{path}: {len(found)} rows of up to {config.max_length} tokens; "
-            f"{found.truncated} records truncated, {found.dropped} dropped, as "
-            f"truncation left no answer tokens, {len(found.bad)} malformed ones "
-            f"skipped; {len(found.empty)} have an empty answer, which is not learned"
+            f"{truncated} records truncated, {dropped} dropped, as truncation left no "
+            f"answer tokens, {bad.number} malformed ones skipped; {empty.number} have "
+            "an empty answer, which is not learned"
         )
-        empty = [f"{source}: the answer is empty" for source in found.empty]
-        for reason in (*found.bad[:3], *empty[:3]):
+        reasons = [f"{source}: the answer is empty" for source in empty.first[:3]]
+        for reason in (*bad.first[:3], *reasons):
             say(f"  {reason}")
-        if found.escaped:
+        if escaped:
             say(
-                f"  {found.escaped} records have text that reads like a turn or a "
+                f"  {escaped} records have text that reads like a turn or a "
                 "special token; it stays text"
             )
         return found

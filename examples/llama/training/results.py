@@ -76,11 +76,10 @@ def sample(run: Run, params: nnx.State) -> list[dict[str, str]]:
     # The first text of a row, up to the first token that counts, and the rest.
     texts, prompts = [], []
     for row in range(min(run.config.samples, len(dataset))):
-        inside = dataset.segment_ids[row] == 1
-        begin = int(np.argmax(dataset.loss_mask[row]))
-        tokens = dataset.tokens[row]
+        tokens, loss_mask, lengths, _ = dataset[row]
+        begin = int(np.argmax(loss_mask))
         prompts.append(tokens[:begin])
-        texts.append(tokens[begin : np.count_nonzero(inside)])
+        texts.append(tokens[begin : lengths[0]])
     length = max(map(len, prompts))
     room = model.config.max_position_embeddings - length
     if room < 1:

@@ -28,7 +28,7 @@ from examples.llama.model.sharding import (
     parameter_sharding,
     replicated,
 )
-from examples.llama.text.rows import Dataset
+from examples.llama.text.dataset import Dataset
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
 from examples.llama.training import inputs
 from examples.llama.training.checks import check
@@ -101,7 +101,7 @@ def set_up(
             f"mesh {config.mesh} divides it, got {rows}"
         )
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    datasets = load_data(config, tokenizer, say)
+    datasets = load_data(config, tokenizer, say, progress=progress)
     model = load_model(
         config.model,
         dtype=config.dtype,
@@ -267,9 +267,9 @@ def check_model(config: Config, model: Llama, datasets: Datasets) -> None:
     """Raises ValueError where the tokens do not fit the model."""
     check_length(config, model)
     for name, dataset in by_name(datasets).items():
-        if (highest := dataset.tokens.max()) >= model.config.vocab_size:
+        if dataset.highest >= model.config.vocab_size:
             raise ValueError(
-                f"{name}: the tokenizer gives token {highest}, the model has "
+                f"{name}: the tokenizer gives token {dataset.highest}, the model has "
                 f"{model.config.vocab_size}: not its tokenizer"
             )
 
@@ -285,11 +285,11 @@ def describe(run: Run) -> dict[str, Any]:
         "records": {
             name: {
                 "rows": len(dataset),
-                "truncated": dataset.truncated,
-                "dropped": dataset.dropped,
-                "skipped": len(dataset.bad),
-                "escaped": dataset.escaped,
-                "empty": len(dataset.empty),
+                "truncated": dataset.outcome.truncated,
+                "dropped": dataset.outcome.dropped,
+                "skipped": dataset.outcome.bad.number,
+                "escaped": dataset.outcome.escaped,
+                "empty": dataset.outcome.empty.number,
             }
             for name, dataset in by_name(run.datasets).items()
         },

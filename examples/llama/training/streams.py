@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from examples.llama.text.rows import Batch, training_batches
+from examples.llama.text.batches import training_batches
+from examples.llama.text.dataset import Batch
 from examples.llama.training.config import Config
 from examples.llama.training.replay import Datasets
 

@@ -1,6 +1,5 @@
 """Whole runs of the trainer: what they learn, what they leave behind, how they fail."""
 
-import dataclasses
 import json
 import math
 import os
@@ -21,7 +20,8 @@ from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.checkpoints.safetensors_files import read_header
 from examples.llama.model.generation import generate
-from examples.llama.text.rows import load_dataset, load_text, training_batches
+from examples.llama.text.batches import training_batches
+from examples.llama.text.rows import load_dataset, load_text
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
 from examples.llama.train import main
 from examples.llama.training.config import Config
@@ -39,9 +39,9 @@ from tests.examples.llama.runs import (
 SHOWN = {"samples": 2, "report": True}
 
 
-def losses_by_hand(model, dataset):
+def losses_by_hand(model, rows):
     """Losses of the counted tokens in float64, [count], from the model's logits."""
-    tokens, mask = dataset.tokens, dataset.loss_mask
+    tokens, mask = rows["tokens"], rows["loss_mask"]
     logits = np.asarray(nnx.jit(lambda m, t: m(t))(model, tokens), np.float64)[:, :-1]
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_sums = np.log(np.exp(shifted).sum(axis=-1))
@@ -79,10 +79,10 @@ def test_numbers_by_hand(files, run):
     logs = {}
     for when, model in models.items():
         for name, dataset in (("eval_loss", held_out), ("retain_loss", retained)):
-            losses, logs[when] = losses_by_hand(model, dataset)
+            losses, logs[when] = losses_by_hand(model, dataset.take())
             assert result[when][name] == pytest.approx(losses.mean(), rel=1e-5)
     divergence = np.exp(logs["before"]) * (logs["before"] - logs["after"])
-    expected = divergence.sum(axis=-1)[retained.loss_mask[:, 1:]].mean()
+    expected = divergence.sum(axis=-1)[retained.take()["loss_mask"][:, 1:]].mean()
     assert result["after"]["kl"] == pytest.approx(expected, rel=1e-4)
     states = [jax.tree.leaves(nnx.state(model)) for model in models.values()]
     first, last = ([np.asarray(x, np.float64) for x in leaves] for leaves in states)
@@ -93,10 +93,7 @@ def test_numbers_by_hand(files, run):
     assert result["after"]["touched"] == pytest.approx(share, rel=1e-6)
     training = load_dataset(files["data"][0], tokenizer, 48)
     batch = next(training_batches([training], [1.0], 4, 0))
-    some = dataclasses.replace(
-        training, tokens=batch["tokens"], loss_mask=batch["loss_mask"]
-    )
-    expected = losses_by_hand(models["before"], some)[0].mean()
+    expected = losses_by_hand(models["before"], batch)[0].mean()
     assert metrics_of(output)[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -177,13 +174,13 @@ def test_what_a_run_leaves(files, run):
     training = load_dataset(name, load_tokenizer(files["model"]), 48)
     assert facts["records"][name] == {
         "rows": len(training),
-        "truncated": training.truncated,
-        "dropped": training.dropped,
+        "truncated": training.outcome.truncated,
+        "dropped": training.outcome.dropped,
         "skipped": 0,
         "escaped": 0,
         "empty": 0,
     }
-    assert training.truncated > 0
+    assert training.outcome.truncated > 0
     assert facts["steps"] == 15 and facts["versions"]["jax"] == jax.__version__
     sizes = [x.size for x in jax.tree.leaves(nnx.state(load_model(files["model"])))]
     assert facts["parameters"] == facts["trained_parameters"] == sum(sizes)
@@ -223,7 +220,8 @@ def test_lora(files, run):
     assert result["after"]["eval_loss"] < result["before"]["eval_loss"]
     # Merged on export: a plain model, whose numbers are those of the run.
     model = load_model(output / "model")
-    held_out = load_dataset(files["eval_data"], load_tokenizer(files["model"]), 48)
+    tokenizer = load_tokenizer(files["model"])
+    held_out = load_dataset(files["eval_data"], tokenizer, 48).take()
     losses, _ = losses_by_hand(model, held_out)
     assert result["after"]["eval_loss"] == pytest.approx(losses.mean(), rel=1e-4)
     pretrained = tensors_of(files["model"])
@@ -306,7 +304,7 @@ BAD = [
     ({"warmup_steps": 15}, "warmup_steps must be below 15 steps, got 15"),
     ({"mesh": "fsdp=99"}, "mesh 'fsdp=99' has 99 devices, found 8"),
     ({"data": ("absent",)}, "No such file or directory: 'absent'"),
-    ({"data": (".",)}, "Is a directory: '.'"),
+    ({"data": (".",)}, ".: no file called .jsonl or .json in it"),
     ({"model": Path("empty")}, "empty: expected model.safetensors, or model.saf"),
     ({"data": ("note",)}, "note, line 1: "),
     ({"data": ("hf:",)}, "'hf:' names no data set; expected hf:NAME[:CONFIG][:SPLIT]"),

@@ -134,8 +134,11 @@ def test_a_record_on_which_a_template_loops(tmp_path):
     dataset = load_dataset(path, tokenizer, 99, template="tokenizer", skip_bad=True)
     assert [dataset.records(row) for row in (0, 1)] == [[f"{path}:1"], [f"{path}:2"]]
     assert len(dataset) == 2  # the template is not started again
-    assert [x.split(": the")[0] for x in dataset.bad] == [f"{path}:3", f"{path}:4"]
-    assert all(TIME in reason for reason in dataset.bad)
+    assert [x.split(": the")[0] for x in dataset.outcome.bad.first] == [
+        f"{path}:3",
+        f"{path}:4",
+    ]
+    assert all(TIME in reason for reason in dataset.outcome.bad.first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

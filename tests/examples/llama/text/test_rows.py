@@ -1,25 +1,18 @@
-"""Tokens, masks, rows and batches against the texts that they come from."""
+"""Tokens, masks and rows against the texts that they come from."""
 
 import json
 import random
 import re
-from collections import Counter
-from itertools import chain, islice
 
+import chex
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from examples.llama.text.rows import (
-    Dataset,
-    load_dataset,
-    load_text,
-    ordered_batches,
-    records_of,
-    training_batches,
-)
+from examples.llama.text.dataset import FIELDS, Noted, Outcome
+from examples.llama.text.rows import load_dataset, load_text
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
 from tests.examples.llama.checkpoints.llama2c_files import (
     BASE,
@@ -31,7 +24,6 @@ from tests.examples.llama.text.tokenizer_files import (
 )
 
 PIECES = [*" <|>aensrtu4", "s>", "an", " a", " an", "ans", "us", "er", "\n\n", "\n"]
-FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +44,10 @@ def write_pairs(path, *pairs):
 def segments(dataset):
     """The tokens and the mask of each record by its name, all else checked."""
     found = {}
-    assert len(dataset) == len(dataset.tokens)
+    rows = dataset.take()
+    assert len(dataset) == len(rows["tokens"])
     for row in range(len(dataset)):
-        tokens, mask, ids, positions = (getattr(dataset, x)[row] for x in FIELDS)
+        tokens, mask, ids, positions = (rows[x][row] for x in FIELDS)
         names = dataset.records(row)
         used = np.flatnonzero(ids)
         assert used.tolist() == list(range(len(used)))  # padding is at the end
@@ -71,8 +64,8 @@ def segments(dataset):
 
 
 def check_types(dataset, length):
-    for name in FIELDS:
-        array = getattr(dataset, name)
+    assert dataset.length == length
+    for name, array in dataset.take().items():
         assert array.dtype == (bool if name == "loss_mask" else np.int32)
         assert array.shape == (len(dataset), length)
 
@@ -92,10 +85,10 @@ def test_format(tokenizer, llama2, llama3, tmp_path_factory, question, answer):
     for tk in (tokenizer, llama2, llama3):
         dataset = load_dataset(path, tk, 256)
         check_types(dataset, 256)
-        assert (dataset.truncated, dataset.dropped, dataset.bad) == (0, 0, ())
+        assert dataset.outcome[:2] == (0, 0) and not dataset.outcome.bad.number
         [(name, (ids, mask))] = segments(dataset).items()
         assert name == f"{path}:1"
-        assert (dataset.tokens[0][len(ids) :] == tk.pad_id).all()
+        assert (dataset.take()["tokens"][0][len(ids) :] == tk.pad_id).all()
         counted = np.flatnonzero(mask).tolist()
         first, last = counted[0], counted[-1]
         assert counted == list(range(first, last + 1))  # an answer is in one piece
@@ -146,8 +139,8 @@ def test_empty_answers(llama3, tmp_path, template):
     ]
     path = write_lines(tmp_path / "some.jsonl", *lines)
     dataset = load_dataset(path, llama3, 99, template=template)
-    assert dataset.empty == (f"{path}:1", f"{path}:2", f"{path}:4")
-    assert (dataset.dropped, dataset.bad) == (2, ())
+    empty = Noted(3, (f"{path}:1", f"{path}:2", f"{path}:4"))
+    assert dataset.outcome == Outcome(dropped=2, empty=empty)
     found = segments(dataset)
     assert list(found) == [f"{path}:2", f"{path}:3"]
     (ids, mask), _ = found.values()
@@ -169,13 +162,14 @@ def test_plain_text_by_hand(tokenizer, llama3, tmp_path):
             [first] = segments(dataset).values()
             ids = [tk.bos_id, *tk.encode("an </s>"), tk.eos_ids[0]]
             assert first == (ids, [False] + [True] * (len(ids) - 1))
-            assert (dataset.dropped, dataset.empty) == (1, (f"{path}:2",))
+            empty = Noted(1, (f"{path}:2",))
+            assert (dataset.outcome.dropped, dataset.outcome.empty) == (1, empty)
     without = Tokenizer(llama3.backend, None, llama3.eos_ids, llama3.pad_id)
     dataset = load_dataset(path, without, 30)
     [(ids, mask)] = segments(dataset).values()
     assert ids == [*llama3.encode("an </s>"), llama3.eos_ids[0]]
     assert mask == [False] + [True] * (len(ids) - 1)
-    assert dataset.dropped == 1
+    assert dataset.outcome.dropped == 1
 
 
 def test_tokenizers_template_by_hand(llama2, llama3, tmp_path):
@@ -257,7 +251,7 @@ def test_templates_that_do_not_fit(llama3, tmp_path, template, message):
     assert str(caught.value).startswith(f"{path}:2: ")
     dataset = load_dataset(path, tk, 99, template="tokenizer", skip_bad=True)
     assert list(segments(dataset)) == [f"{path}:1"]
-    assert dataset.bad == (str(caught.value),)
+    assert dataset.outcome.bad == (1, (str(caught.value),))
 
 
 def test_special_tokens_in_the_text_of_a_template(llama3, tmp_path):
@@ -288,7 +282,7 @@ def test_a_special_token_of_one_character(llama3, tmp_path):
     ):
         load_dataset(path, tk, 99, template="tokenizer")
     dataset = load_dataset(path, tk, 99, template="tokenizer", skip_bad=True)
-    assert (len(dataset), len(dataset.bad)) == (1, 1)
+    assert (len(dataset), dataset.outcome.bad.number) == (1, 1)
     assert len(load_dataset(path, tk, 99)) == 2
 
 
@@ -299,7 +293,7 @@ def test_bad_records(tokenizer, tmp_path):
         load_dataset(path, tokenizer, 30)
     dataset = load_dataset(path, tokenizer, 30, skip_bad=True)
     assert list(segments(dataset)) == [f"{path}:1", f"{path}:4"]
-    assert [x.split(";")[0] for x in dataset.bad] == [
+    assert [x.split(";")[0] for x in dataset.outcome.bad.first] == [
         f'{path}, line 2: "text" is int',
         f"{path}, line 3: int found",
     ]
@@ -323,8 +317,10 @@ def test_truncation(tokenizer, tmp_path, pack):
             name: (whole[name][0][:length], whole[name][1][:length]) for name in kept
         }
         check_types(cut, length)
-        assert cut.dropped == 3 - len(kept)
-        assert cut.truncated == sum(len(whole[name][0]) > length for name in kept)
+        assert cut.outcome.dropped == 3 - len(kept)
+        assert cut.outcome.truncated == sum(
+            len(whole[name][0]) > length for name in kept
+        )
     with refused(
         f"{path}: none of 3 records has a token to learn within max_length "
         f"{min(firsts)}"
@@ -337,22 +333,22 @@ def test_packing_loses_nothing(tokenizer, tmp_path):
     lengths = [1 + draw.randrange(130) ** 2 // 130 for _ in range(700)]
     pairs = [("an" * draw.randrange(9), "4" * length) for length in lengths]
     path = write_pairs(tmp_path / "some.jsonl", *pairs)
-    alone = load_dataset(path, tokenizer, 128)
-    assert alone.truncated and len(alone) == 700
+    single = load_dataset(path, tokenizer, 128)
+    assert single.outcome.truncated and len(single) == 700
     packed = load_dataset(path, tokenizer, 128, pack=True)
     check_types(packed, 128)
-    assert segments(packed) == segments(alone)  # every record once
-    for name in ("truncated", "dropped", "bad", "empty"):
-        assert getattr(packed, name) == getattr(alone, name)
-    assert (packed.tokens[packed.segment_ids == 0] == tokenizer.pad_id).all()
+    assert segments(packed) == segments(single)  # every record once
+    assert packed.outcome == single.outcome
+    assert (
+        packed.take()["tokens"][packed.take()["segment_ids"] == 0] == tokenizer.pad_id
+    ).all()
     assert len(packed) < 500
-    used = np.mean(packed.segment_ids > 0)
-    assert used > 0.9 > 0.7 > np.mean(alone.segment_ids > 0)
+    used = np.mean(packed.take()["segment_ids"] > 0)
+    assert used > 0.9 > 0.7 > np.mean(single.take()["segment_ids"] > 0)
     firsts = [int(packed.records(row)[0].split(":")[-1]) for row in range(len(packed))]
     assert firsts == sorted(firsts)
     again = load_dataset(path, tokenizer, 128, pack=True)
-    for name in FIELDS:
-        np.testing.assert_array_equal(getattr(again, name), getattr(packed, name))
+    chex.assert_trees_all_equal(again.take(), packed.take())
 
 
 def as_before(tokenizer, question, answer):
@@ -369,19 +365,18 @@ def test_real_records(data_dir, stories_tokenizer):
     path = data_dir / "gsm8k_test.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     whole = load_dataset(path, stories_tokenizer, 1200)
-    assert (len(whole), whole.truncated, whole.dropped) == (1319, 0, 0)
+    assert (len(whole), whole.outcome) == (1319, Outcome())
     assert list(segments(whole).values()) == [
         as_before(stories_tokenizer, line["question"], line["answer"]) for line in lines
     ]
     packed = load_dataset(path, stories_tokenizer, 1200, pack=True)
     assert segments(packed) == segments(whole)
-    assert np.mean(packed.segment_ids > 0) > 0.9
+    assert np.mean(packed.take()["segment_ids"] > 0) > 0.9
     cut = load_dataset(path, stories_tokenizer, 256)
-    assert len(cut) + cut.dropped == 1319 and cut.dropped
-    kept = whole.loss_mask[:, :256].any(axis=1)
-    for name in FIELDS:
-        cut_whole = getattr(whole, name)[kept, :256]
-        np.testing.assert_array_equal(getattr(cut, name), cut_whole)
+    assert len(cut) + cut.outcome.dropped == 1319 and cut.outcome.dropped
+    kept = whole.take()["loss_mask"][:, :256].any(axis=1)
+    first = {name: array[kept, :256] for name, array in whole.take().items()}
+    chex.assert_trees_all_equal(cut.take(), first)
 
 
 def test_real_chats(data_dir, stories_tokenizer):
@@ -404,18 +399,19 @@ def test_text(tokenizer, llama3, tmp_path):
         for length in (2, 7, len(ids) + 1, len(ids) + 9):
             dataset = load_text(path, tk, length)
             check_types(dataset, length)
-            assert (dataset.truncated, dataset.dropped, dataset.bad) == (0, 0, ())
+            assert dataset.outcome[:2] == (0, 0) and not dataset.outcome.bad.number
             width = length - len(start)
             windows = [ids[i : i + width] for i in range(0, len(ids), width)]
-            used = dataset.segment_ids == 1
+            rows = dataset.take()
+            tokens, used = rows["tokens"], rows["segment_ids"] == 1
             assert [
-                row[use].tolist() for row, use in zip(dataset.tokens, used, strict=True)
+                row[use].tolist() for row, use in zip(tokens, used, strict=True)
             ] == [start + window for window in windows]
-            assert (dataset.tokens[~used] == tk.pad_id).all()
-            np.testing.assert_array_equal(dataset.loss_mask[:, 1:], used[:, 1:])
-            assert not dataset.loss_mask[:, 0].any()
+            assert (tokens[~used] == tk.pad_id).all()
+            np.testing.assert_array_equal(rows["loss_mask"][:, 1:], used[:, 1:])
+            assert not rows["loss_mask"][:, 0].any()
             np.testing.assert_array_equal(
-                dataset.positions, np.where(used, np.arange(length)[None], 0)
+                rows["positions"], np.where(used, np.arange(length)[None], 0)
             )
 
 
@@ -428,7 +424,7 @@ def test_lines_of_text(tokenizer, tmp_path):
         line = before.count("\n") + 1
         assert dataset.records(row) == [f"{path}:{line}"]
         before = tokenizer.decode(
-            dataset.tokens[: row + 1][dataset.loss_mask[: row + 1]]
+            dataset.take()["tokens"][: row + 1][dataset.take()["loss_mask"][: row + 1]]
         )
 
 
@@ -456,186 +452,3 @@ def test_bad_arguments(tokenizer, tmp_path):
             load(tmp_path / "absent", tokenizer, 8)
     with refused("template must be paper or tokenizer, got 'chatml'"):
         load_dataset(path, tokenizer, 8, template="chatml")
-
-
-def numbered(count, first=0):
-    """Rows that can be told apart, by all of their arrays."""
-    tokens = np.arange(3 * count, dtype=np.int32).reshape(count, 3) + 300 + 3 * first
-    names = [[f"file:{first + i}"] for i in range(count)]
-    return Dataset(tokens, tokens % 2 == 0, tokens // 2, tokens // 3, names)
-
-
-def rows_of(batches):
-    """The rows in batches of datasets that were `numbered` one after the other."""
-    for batch in batches:
-        assert list(batch) == [*FIELDS, "row"]
-        tokens = batch["tokens"]
-        np.testing.assert_array_equal(batch["loss_mask"], tokens % 2 == 0)
-        np.testing.assert_array_equal(batch["segment_ids"], tokens // 2)
-        np.testing.assert_array_equal(batch["positions"], tokens // 3)
-        np.testing.assert_array_equal(batch["row"], (tokens[:, 0] - 300) // 3)
-        dtypes = [np.int32, bool, np.int32, np.int32, np.int32]
-        assert [array.dtype for array in batch.values()] == dtypes
-        yield batch["row"].tolist()
-
-
-def take(count, batch_size, seed, sizes=(11,), weights=(1,), **processes):
-    firsts = np.cumsum([0, *sizes]).tolist()
-    datasets = [numbered(*x) for x in zip(sizes, firsts, strict=False)]
-    batches = training_batches(datasets, weights, batch_size, seed, **processes)
-    return list(rows_of(islice(batches, count)))
-
-
-def test_shuffled_batches():
-    batches = take(44, 3, 5, (33,))
-    assert {len(batch) for batch in batches} == {3}
-    rows = list(chain(*batches))
-    epochs = [rows[i : i + 33] for i in range(0, 132, 33)]
-    assert all(sorted(epoch) == list(range(33)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert take(44, 3, 5, (33,)) == batches
-    # Neither another seed nor its next epochs begin with the same order.
-    others = [take(44, 3, seed, (33,)) for seed in (4, 6, 7)]
-    for other in others:
-        rows = list(chain(*other))
-        found = {tuple(rows[i : i + 33]) for i in range(0, 132, 33)}
-        assert not found.intersection(tuple(epoch) for epoch in epochs)
-
-
-@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (3, 8), (5, 5), (4, 1)])
-def test_batch_sizes(rows, batch_size):
-    batches = take(3 * rows, batch_size, seed=0, sizes=(rows,))
-    assert {len(batch) for batch in batches} == {batch_size}
-    assert Counter(chain(*batches)) == dict.fromkeys(range(rows), 3 * batch_size)
-
-
-def test_mixed_batches():
-    sizes, weights = (40, 35, 53), (1, 0.5, 2.5)
-    batches = take(100, 8, 3, sizes, weights)
-    ends = np.cumsum(sizes)
-    counts = Counter(
-        np.searchsorted(ends, list(chain(*batches)), side="right").tolist()
-    )
-    assert counts == {0: 200, 1: 100, 2: 500}
-    for batch in batches:  # at all times, and not only in the end
-        of_first = np.sum(np.array(batch) < 40)
-        assert 1 <= of_first <= 3
-    for d, size in enumerate(sizes):  # each in epochs of its own
-        rows = [r for r in chain(*batches) if np.searchsorted(ends, r, "right") == d]
-        for i in range(0, len(rows) - size, size):
-            assert len(set(rows[i : i + size])) == size
-    assert take(9, 8, 3, sizes, (2, 1, 5)) == take(9, 8, 3, sizes, weights)
-
-
-def test_records_of_rows():
-    datasets = [numbered(4), numbered(2, 4), numbered(5, 6)]
-    for row in range(11):
-        assert records_of(datasets, np.int32(row)) == [f"file:{row}"]
-    assert numbered(3).records(np.int32(2)) == ["file:2"]
-
-
-@pytest.mark.parametrize("count", [2, 3, 6])
-def test_processes(count):
-    sizes, weights = (50, 19), (1, 2)
-    whole = take(8, 12, 7, sizes, weights)
-    parts = [
-        take(8, 12, 7, sizes, weights, process_index=i, process_count=count)
-        for i in range(count)
-    ]
-    assert [list(chain(*batches)) for batches in zip(*parts, strict=True)] == whole
-
-
-@pytest.mark.parametrize("steps", [0, 1, 4, 29])
-def test_resumption(steps):
-    """In the middle of epochs, and with other processes than before."""
-    datasets, weights = [numbered(31), numbered(27, 31)], (3, 1)
-
-    def batches(**processes):
-        return training_batches(datasets, weights, 4, 1, **processes)
-
-    first = batches()
-    list(islice(first, steps))
-    state = json.loads(json.dumps(first.get_state()))
-    expected = list(islice(first, 20))
-    for used in (batches(), batches(process_index=1, process_count=2)):
-        assert len(list(islice(used, 3))) == 3
-        used.set_state(state)
-        local = slice(None) if len(next(used)["row"]) == 4 else slice(2, 4)
-        used.set_state(state)
-        for found, batch in zip(islice(used, 20), expected, strict=True):
-            for name, array in batch.items():
-                np.testing.assert_array_equal(found[name], array[local])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"batch_size": 0},
-            "batch_size must be 1 or more times the 1 processes, got 0",
-        ),
-        (
-            {"batch_size": 3, "process_count": 2},
-            "batch_size must be 1 or more times the 2 processes, got 3",
-        ),
-        ({"process_count": 0}, "process_count must be 1 or above, got 0"),
-        (
-            {"process_index": 2, "process_count": 2},
-            "process_index must be 0 to 1, got 2",
-        ),
-        ({"process_index": -1}, "process_index must be 0 to 0, got -1"),
-        ({"seed": -1}, "seed must be 0 or above, got -1"),
-        ({"weights": [1, 1]}, "datasets and weights must be as many, 1 or more, got 1"),
-        ({"datasets": [], "weights": []}, "1 or more, got 0 and 0"),
-        ({"weights": [0]}, "weights must be above 0 and finite, got [0]"),
-        ({"weights": [float("nan")]}, "weights must be above 0 and finite, got [nan]"),
-        ({"weights": [float("inf")]}, "weights must be above 0 and finite, got [inf]"),
-        ({"datasets": [numbered(0)]}, "datasets must have 1 row or more, got [0]"),
-        (
-            {"datasets": [numbered(2)] * 2, "weights": [1e-3, 2e3]},
-            "weights must be at most 1,000,000 times each other, got [0.001, 2000.0]",
-        ),
-        (
-            {
-                "datasets": [
-                    numbered(2),
-                    Dataset(*[np.ones((2, 4), np.int32)] * 4, []),
-                ],
-                "weights": [1, 1],
-            },
-            "datasets must have rows of one length, got [3, 4]",
-        ),
-    ],
-)
-def test_bad_batches(changes, message):
-    arguments = {"datasets": [numbered(11)], "weights": [1], "batch_size": 2, "seed": 0}
-    with refused(message):
-        training_batches(**arguments | changes)
-    shared = {"batch_size", "process_index", "process_count"}
-    if shared.issuperset(changes):
-        with refused(message):
-            ordered_batches(numbered(11), **{"batch_size": 2} | changes)
-
-
-@pytest.mark.parametrize("process_count", [1, 2, 4])
-@pytest.mark.parametrize("count", [8, 9, 3, 0])
-def test_ordered_batches(count, process_count):
-    dataset = numbered(count)
-    parts = [
-        list(ordered_batches(dataset, 4, i, process_count))
-        for i in range(process_count)
-    ]
-    assert {len(part) for part in parts} == {-(-count // 4)}
-    rows = []
-    for batches in zip(*parts, strict=True):
-        for batch in batches:
-            filled = batch["row"] < 0
-            assert len(filled) == 4 // process_count
-            assert batch["row"].dtype == batch["tokens"].dtype == np.int32
-            real = {name: array[~filled] for name, array in batch.items()}
-            rows += chain(*rows_of([real]))
-            assert not batch["loss_mask"][filled].any()
-            assert not batch["segment_ids"][filled].any()
-            assert not batch["positions"][filled].any()
-    assert rows == list(range(count))
-    assert dataset.tokens.tolist() == numbered(count).tokens.tolist()

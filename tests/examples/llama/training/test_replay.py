@@ -2,12 +2,13 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from examples.llama.checkpoints.loading import load_model
-from examples.llama.text.rows import FIELDS
+from examples.llama.text.dataset import FIELDS
 from examples.llama.text.tokenizer import load_tokenizer
 from examples.llama.training import own_texts
 from examples.llama.training.checks import check
@@ -56,7 +57,7 @@ def test_what_is_said_of_the_records(files, tokenizer, tmp_path):
     path.write_text("\n".join(map(json.dumps, pairs)))
     config = config_of(files, tmp_path / "run", data=(str(path),), max_length=64)
     datasets = load_data(config, tokenizer, said.append)
-    assert datasets.training[0].escaped == 2
+    assert datasets.training[0].outcome.escaped == 2
     assert said[1] == (
         "  2 records have text that reads like a turn or a special token; it stays text"
     )
@@ -125,7 +126,7 @@ def test_targets(both):
         assert len(memories) == 1 and memories[0].keys() == set(FIELDS)
         for i, row in enumerate(rows):
             (d,) = [d for d, end in enumerate((22, 29, 69)) if row < end][:1]
-            original = datasets.training[d].loss_mask[row - (0, 22, 29)[d]]
+            original = datasets.training[d].take([row - (0, 22, 29)[d]])["loss_mask"][0]
             soft = d == 2
             seen.add(soft)
             np.testing.assert_array_equal(batch["loss_mask"][i], original & (not soft))
@@ -158,10 +159,7 @@ def test_kept_texts_are_read_again(both, model, tokenizer, monkeypatch):
     again = add_self_replay(
         load_data(config, tokenizer, quiet), config, model, tokenizer, progress=False
     )
-    for name in ("tokens", "loss_mask", "segment_ids", "positions"):
-        np.testing.assert_array_equal(
-            getattr(again.training[-1], name), getattr(datasets.training[-1], name)
-        )
+    chex.assert_trees_all_equal(again.training[-1].take(), datasets.training[-1].take())
     (config.output / "self_replay.jsonl").write_text('{"tokens": [1, 2]}\n{"text": ""}')
     with pytest.raises(ValueError, match=r"self_replay.jsonl, line 2: no tokens"):
         add_self_replay(datasets, config, model, tokenizer, progress=False)
@@ -206,11 +204,11 @@ def test_more_texts_for_the_importance(files, tokenizer, model, tmp_path):
         datasets = load_data(config, tokenizer, quiet)
         datasets = add_self_replay(datasets, config, model, tokenizer, progress=False)
         counts.append(len(datasets.written))
-        replayed.append(datasets.training[-1].tokens)
+        replayed.append(datasets.training[-1].take()["tokens"])
         assert len(datasets.training[-1]) == 8
     assert counts == [8, 40]
     np.testing.assert_array_equal(*replayed)
-    np.testing.assert_array_equal(datasets.written.tokens[:8], replayed[0])
+    np.testing.assert_array_equal(datasets.written.take()["tokens"][:8], replayed[0])
     config = config_of(files, tmp_path, importance="self", importance_texts=3)
     datasets = load_data(config, tokenizer, quiet)
     datasets = add_self_replay(datasets, config, model, tokenizer, progress=False)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -249,21 +250,27 @@ def test_two_processes_on_one_output(world, undisturbed, tmp_path):
 def test_other_files_are_refused(world, tmp_path):
     """By their content; from another directory, and touched, they are the same."""
     files = write_files(tmp_path)
-    output = tmp_path / "run"
-    relative = {"data": (os.path.relpath(files["data"][0], ROOT) + ":2",)}
+    output, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    shard = Path(files["data"][0]).rename(data / "part-1.jsonl")
+    relative = {"data": (os.path.relpath(data, ROOT) + ":2",)}
     given = config_of(files | relative, output, save_every=2)
     process = start(dataclasses.replace(given, steps=STEPS), world[1])
     wait_for(lambda: lines_of(output) > 5, process)
     process.kill()
     process.communicate()
-    given = dataclasses.replace(given, steps=STEPS, data=(f"{files['data'][0]}:2",))
+    given = dataclasses.replace(given, steps=STEPS, data=(f"{data}:2",))
     model, tokenizer = (files["model"] / x for x in ("config.json", "tokenizer.json"))
-    for path in (Path(files["data"][0]), files["retain_data"], model, tokenizer):
+    for path in (shard, files["retain_data"], model, tokenizer):
         before = path.read_bytes()
         path.write_bytes(before + b" ")
         with pytest.raises(ValueError, match=re.escape(f"{path}: has changed since")):
             train(given)
         path.write_bytes(before)
+    shutil.copy(shard, data / "part-2.jsonl")
+    with pytest.raises(ValueError, match=re.escape(f"{data}/part-2.jsonl: is new")):
+        train(given)
+    (data / "part-2.jsonl").unlink()
     out, _ = finished(start(given, world[1]))
     assert "resuming from the checkpoint" in out
 
