@@ -28,10 +28,10 @@ from benchmarks import cost_report
 from benchmarks.cost_others import others
 from benchmarks.cost_whole_step import whole_step
 from benchmarks.outputs import load, make_room, publish
+from benchmarks.trees import TREES, Shapes, llama
 from benchmarks.turns import (
     GRADIENTS,
     WARMUP,
-    Shapes,
     prepare,
     ratios,
     step_of,
@@ -45,28 +45,7 @@ from examples.files import write_json
 from mofo_jax import mofo
 from mofo_jax.testing import count_passes
 
-
-def llama(layers: int, width: int, hidden: int, vocabulary: int) -> Shapes:
-    """The shapes of a Llama's parameters."""
-    square, up, down = (width, width), (width, hidden), (hidden, width)
-    shapes: Shapes = {"embed": (vocabulary, width), "norm": (width,)}
-    shapes["lm_head"] = (width, vocabulary)
-    for i in range(layers):
-        layer: Shapes = {
-            name: square for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        }
-        layer |= {"gate_proj": up, "up_proj": up, "down_proj": down}
-        layer |= {"input_norm": (width,), "post_norm": (width,)}
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
-
-
-TREES: dict[str, Shapes] = {
-    "one 4096x4096 leaf": {"w": (4096, 4096)},
-    "Llama of 23M": llama(6, 384, 1024, 16000),
-    "Llama of 134M": llama(12, 768, 2048, 32000),
-}
-LLAMA_2_7B = llama(32, 4096, 11008, 32000)
+STEPS = ("one 4096x4096 leaf", "Llama of 23M", "Llama of 134M")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +91,7 @@ def other_ways(args: Args) -> dict[str, Any]:
 
 def compilation(args: Args) -> dict[str, Any]:
     """Llama-2-7B's tree, of shapes only: compile time, memory, extra state."""
-    shapes = llama(2, 64, 128, 256) if args.tiny else LLAMA_2_7B
+    shapes = llama(2, 64, 128, 256) if args.tiny else TREES["Llama-2-7B"]
     params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
     result: dict[str, Any] = {"leaves": len(shapes)}
     optimizers = {"adamw": optax.adamw(1e-3), "mofo": mofo(1e-3, weight_decay=1e-4)}
@@ -193,7 +172,7 @@ def sections() -> dict[str, Callable[[Args], dict[str, Any]]]:
         f"step: {tree}: {gradients}": functools.partial(
             steps, tree=tree, gradients=gradients
         )
-        for tree in TREES
+        for tree in STEPS
         for gradients in GRADIENTS
     }
     return {

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.cost import llama
 from benchmarks.inspection import collectives
+from benchmarks.trees import llama
 from benchmarks.turns import GRADIENTS, step_of
 from mofo_jax import mofo
 from mofo_jax.testing import count_passes

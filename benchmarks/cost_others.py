@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.turns import Shapes, ratios, time_in_turns
+from benchmarks.trees import Shapes
+from benchmarks.turns import ratios, time_in_turns
 from mofo_jax import mofo, top_fraction_mask
 
 

@@ -27,3 +27,11 @@ def collectives(text: str) -> list[Collective]:
             arrays = [(dtype, sizes(shape)) for dtype, shape in shapes]
             found.append(Collective(match[2], arrays, line))
     return found
+
+
+def dtype_bytes(name: str) -> int:
+    """The bytes of a number, by the name of its type in XLA; 0 for a token."""
+    if name == "pred":
+        return 1
+    bits = re.search(r"\d+", name)
+    return -(-int(bits[0]) // 8) if bits else 0

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-Shapes = dict[str, tuple[int, ...]]
+from benchmarks.trees import Shapes
 
 # Gradients by step, from a fixed direction and fresh noise.
 GRADIENTS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {

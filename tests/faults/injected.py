@@ -4,6 +4,7 @@ python -m tests.faults.injected DIRECTORY FIRST STEP, under LD_PRELOAD=inject.so
 `__main__`. Writes a line of JSON for each training.
 """
 
+import contextlib
 import ctypes
 import errno
 import faulthandler
@@ -44,17 +45,20 @@ def results_of(output: Path) -> dict[str, object]:
 def attempt(config) -> tuple[str, str]:
     """How a training ended: "finished", "refused", or as it must not."""
     before = set(threading.enumerate())
+    outcome, message = "finished", ""
     try:
         train(config, progress=False)
     except (OSError, ValueError) as error:
-        return "refused", " ".join(str(error).split())
+        outcome, message = "refused", " ".join(str(error).split())
     except BaseException as error:
-        return "crashed", f"{type(error).__name__}: {error}"
-    finally:
-        # Orbax may still be writing other arrays, which the end of a process would end.
-        for thread in set(threading.enumerate()) - before:
-            thread.join(SECONDS / 2)
-    return "finished", ""
+        outcome, message = "crashed", f"{type(error).__name__}: {error}"
+    # Orbax may still be writing other arrays. The end of a process waits for it.
+    for thread in set(threading.enumerate()) - before:
+        with contextlib.suppress(TimeoutError):
+            thread.join(SECONDS / 6)
+        if thread.is_alive() and not thread.daemon:
+            return "does not end", f"{thread.name} after {outcome} {message}"
+    return outcome, message
 
 
 def main(directory: Path, first: int, step: int) -> None:

@@ -50,8 +50,8 @@ class Dataset:
     """N rows, as a `RowWriter` wrote them.
 
     Args:
-      source: What it wrote: an Arrow file's path, which is mapped into memory, or its
-        content.
+      source: What it wrote: the path of an Arrow file, which is mapped into memory, or
+        the content of one.
 
     Attributes:
       length: L.
@@ -84,6 +84,8 @@ class Dataset:
         return self._rows
 
     def __getitem__(self, row: int) -> Row:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row must be 0 to {len(self) - 1}, got {row}")
         tokens, loss_mask, lengths = self._numbers(row)
         return Row(tokens.astype(np.int32), loss_mask, lengths, self.records(row))
 

@@ -82,9 +82,9 @@ def load_dataset(
       template: "paper" or "tokenizer".
       skip_bad: Whether to skip malformed records, and those that the tokenizer's
         template refuses.
-      cache_dir: A directory for the rows of data with more than `IN_MEMORY` bytes. They
-        are in a file there, which is mapped into memory, and later calls with the
-        same content and arguments take it. With None all rows are held in memory.
+      cache_dir: A directory for the rows of data with more than `IN_MEMORY` bytes. A
+        file there holds them and is mapped into memory. Later calls with the same data
+        and arguments use it again. With None all rows are held in memory.
       progress: Whether to show a bar.
 
     Raises:

@@ -38,6 +38,9 @@ class Checkpoints:
             max_to_keep=keep,
             cleanup_tmp_directories=True,  # of processes killed on the way
             enable_async_checkpointing=True,
+            # Or threads wait for a directory that could not be made, and keep the
+            # process from its end for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(

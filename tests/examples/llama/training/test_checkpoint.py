@@ -205,7 +205,7 @@ def test_no_room(tmp_path, state):
 
 
 PROGRAM = """
-import json, resource, sys
+import errno, json, os, resource, sys
 import jax, jax.numpy as jnp
 from pathlib import Path
 from examples.llama.training.checkpoint import Checkpoints
@@ -213,7 +213,17 @@ checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
 state = {"x": jnp.arange(1 << 20, dtype=jnp.float32)}
 checkpoints.save(1, state, {})
 checkpoints.finish()
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))  # a disk that is full
+mkdir = os.mkdir
+
+def full(path, *args, **kwargs):
+    if "/2." in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    mkdir(path, *args, **kwargs)
+
+if sys.argv[2] == "directory":
+    os.mkdir = full
+else:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
 try:
     checkpoints.save(2, {"x": jax.random.normal(jax.random.key(0), (1 << 20,))}, {})
     checkpoints.finish()
@@ -222,10 +232,11 @@ except OSError as error:
 """
 
 
-def test_a_write_that_fails(tmp_path):
-    """The system refuses the bytes; the checkpoint before is intact and named."""
+@pytest.mark.parametrize("what", ["directory", "bytes"])
+def test_a_write_that_fails(tmp_path, what):
+    """The disk is full. The checkpoint before is intact and named, the process ends."""
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        [sys.executable, "-c", PROGRAM, str(tmp_path), what],
         cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     message, where = json.loads(result.stdout.splitlines()[-1])
