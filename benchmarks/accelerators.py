@@ -119,7 +119,7 @@ def _compile(args: Args, case: Case, method: str) -> dict[str, Any]:
     if done.returncode:
         raise ValueError(
             f"{args.python} cannot compile {method} for {case.chips} x {case.chip}: "
-            f"{done.stderr.strip().splitlines()[-1]}"
+            f"{(done.stderr.strip() or 'it says nothing').splitlines()[-1]}"
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -2,16 +2,15 @@
 
 import codecs
 import collections
-import glob
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.llama.text.sources import HUB, find_files
+
 ROLES = ("system", "user", "assistant")
-HUB = "hf:"  # before the name of a data set
 _REPEATED = object()  # the value of a field that a JSON object has more than once
 
 # Fields that one turn of a user and an assistant come from, and whose format it is.
@@ -108,10 +107,10 @@ class RecordReader:
     raises ValueError where there is none.
 
     Args:
-      path: See `find_files`; or "hf:NAME[:CONFIG][:SPLIT]", a name or directory that
-        `datasets.load_dataset` takes, with the split "train" by default. A file has
-        JSON lines, among which blank ones are ignored; or, if it is called .json, one
-        JSON list, which is read as a whole.
+      path: See `text.sources.find_files`; or "hf:NAME[:CONFIG][:SPLIT]", a name or
+        directory that `datasets.load_dataset` takes, with the split "train" by default.
+        A file has JSON lines, among which blank ones are ignored; or, if it is called
+        .json, one JSON list, which is read as a whole.
 
     Attributes:
       size: How many bytes there are to read.
@@ -184,64 +183,6 @@ class RecordReader:
                     line = line.removeprefix(codecs.BOM_UTF8)  # of Windows' editors
                 if line.strip():
                     yield number, line
-
-
-def find_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files of records that a path names, in the order in which they are read.
-
-    That is one file; or in a directory all files called .jsonl or .json; or the files
-    that a pattern such as "shards/*.jsonl" finds. Several come in the order of their
-    names. Of "hf:NAME" there is none.
-
-    Raises:
-      OSError: There is no such file or directory.
-      ValueError: No file is found.
-    """
-    name, path = os.fspath(path), Path(path)
-    if name.startswith(HUB):
-        return []
-    if path.is_dir():
-        found = [x for x in path.iterdir() if x.suffix.lower() in (".jsonl", ".json")]
-        missing = "no file called .jsonl or .json in it"
-    elif glob.has_magic(name) and not path.exists():
-        found = [Path(x) for x in glob.glob(name)]
-        missing = "no file fits this pattern"
-    else:
-        path.stat()  # the error names the file
-        return [path]
-    if not (files := sorted(x for x in found if x.is_file())):
-        raise ValueError(f"{name}: {missing}; expected files of records")
-    return files
-
-
-class Source(NamedTuple):
-    """Where records come from, and how much they weigh among those of other sources."""
-
-    path: str  # a file, or hf:NAME
-    weight: float
-
-
-def parse_source(text: str) -> Source:
-    """The source that "FILE:WEIGHT" names.
-
-    Without a number at the end the weight is 1. A name that itself ends in a colon
-    and a number needs a weight behind it.
-
-    Raises:
-      ValueError: There is no name, or the weight is not above 0 and finite.
-    """
-    name, colon, end = text.rpartition(":")
-    try:
-        weight = float(end) if colon else math.nan
-    except ValueError:
-        colon = ""
-    if not colon:
-        name, weight = text, 1.0
-    if not name.strip():
-        raise ValueError(f"{text!r} names no file; expected FILE or FILE:WEIGHT")
-    if not 0 < weight < math.inf:
-        raise ValueError(f"{text!r} has weight {end}; expected one above 0, and finite")
-    return Source(name, weight)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

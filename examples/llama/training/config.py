@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from examples.llama.model.parameters import DTypeName
-from examples.llama.text.records import Source, find_files, parse_source
+from examples.llama.text.sources import Source, find_files, parse_source
 from examples.llama.training.flags import (
     parse_interpolation,
     parse_penalties,

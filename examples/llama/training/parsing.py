@@ -13,7 +13,7 @@ import tyro
 
 from examples.files import read_json_object
 from examples.llama.evaluation.questions import WORLD
-from examples.llama.text.records import HUB, parse_source
+from examples.llama.text.sources import HUB, parse_source
 from examples.llama.training.config import SELF, Config
 from examples.llama.training.presets import PRESETS
 

@@ -10,9 +10,9 @@ from examples.llama.text.records import (
     ROLES,
     Message,
     Record,
-    parse_source,
     read_records,
 )
+from examples.llama.text.sources import parse_source
 from tests.examples.llama.checkpoints.llama2c_files import refused
 
 ALLOWED = (
