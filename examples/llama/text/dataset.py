@@ -30,20 +30,20 @@ class Row(NamedTuple):
 
 
 class Noted(NamedTuple):
-    """Of records that something is to be said of, how many there are, and what."""
+    """Records that the user should know of."""
 
-    number: int = 0
-    first: tuple[str, ...] = ()  # of the first ones
+    number: int = 0  # of records
+    first: tuple[str, ...] = ()  # messages about the first of them
 
 
 class Outcome(NamedTuple):
     """What became of the records."""
 
-    truncated: int = 0  # longer than L tokens, of which the first L were kept
-    dropped: int = 0  # not in here, as they had no counted token left
-    escaped: int = 0  # whose text reads like a turn or a special token
-    bad: Noted = Noted()  # skipped, and why, with file and line
-    empty: Noted = Noted()  # with an empty answer, which does not count
+    truncated: int = 0  # longer than L tokens; the first L were kept
+    dropped: int = 0  # left out, because no counted token was left
+    escaped: int = 0  # text that reads like a turn or a special token
+    bad: Noted = Noted()  # skipped; why, with file and line
+    empty: Noted = Noted()  # an empty answer, which does not count; file and line
 
 
 class Dataset:

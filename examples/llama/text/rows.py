@@ -41,7 +41,7 @@ from examples.llama.text.templates import (
 from examples.llama.text.tokenizer import Tokenizer
 
 IN_MEMORY = 64 << 20  # bytes of records whose rows are held in memory
-_FIRST = 100  # reasons that are kept
+_FIRST = 100  # messages about records that are kept
 _BINS = 128  # rows that packing fills at the same time
 
 
@@ -236,7 +236,7 @@ class _Maker:
 
 
 class _Notes:
-    """What is to be said of some records."""
+    """Counts records, and keeps messages about the first ones."""
 
     def __init__(self) -> None:
         self._count = 0

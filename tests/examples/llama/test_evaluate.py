@@ -12,10 +12,12 @@ import pytest
 from flax import nnx
 
 from examples.llama import evaluate
+from examples.llama.checkpoints.adapter import save_adapter
 from examples.llama.checkpoints.huggingface import save_hugging_face
 from examples.llama.checkpoints.loading import load_model
 from examples.llama.evaluation.evaluate import general_abilities
 from examples.llama.model.generation import generate
+from examples.llama.model.lora import add_lora, lora_layers, merge_lora
 from examples.llama.text.tokenizer import load_tokenizer, save_tokenizer
 from tests.examples.llama.evaluation.harness_tasks import write_tasks
 
@@ -144,6 +146,32 @@ def test_perplexity_of_the_first_questions(
     expected = math.exp(-total / sum(len(x.encode()) for x in stories))
     found = results["results"][tasks]["byte_perplexity,none"]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_adapter(options, data_dir, tmp_path):
+    """It counts as if it were merged."""
+    model = load_model(data_dir / "stories260K.bin")
+    add_lora(model, 3, 5.0, rngs=nnx.Rngs(0))
+    for i, layer in enumerate(lora_layers(model).values()):
+        b = layer.lora_b
+        b[...] = 0.1 * jax.random.normal(jax.random.key(i), b.shape)
+    save_adapter(model, tmp_path / "adapter", base="stories260K")
+    merge_lora(model)
+    save_hugging_face(model, tmp_path / "merged")
+    tokenizer = ["--tokenizer", str(data_dir / "tok512.bin"), "--dtype", "float32"]
+    found = []
+    for flags in (
+        [*options, "--adapter", str(tmp_path / "adapter")],
+        ["--model", str(tmp_path / "merged"), *tokenizer, *options[-2:]],
+        options,
+    ):
+        output = tmp_path / f"results{len(found)}"
+        output.mkdir()
+        tasks = ["--tasks", "stories_perplexity", "--limit", "2"]
+        results = run(flags, output, *tasks)["results"]
+        found.append(results["stories_perplexity"]["byte_perplexity,none"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] != pytest.approx(found[2], rel=1e-2)
 
 
 def test_group_with_examples_and_the_models_own_tokenizer(
