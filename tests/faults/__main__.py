@@ -56,23 +56,25 @@ def inject(directory: Path) -> Iterator[dict]:
         """Puts the lines of one process, and of those that replace it, in the queue."""
         command = [sys.executable, "-m", "tests.faults.injected", directory / "runs"]
         while True:
-            process = subprocess.Popen(
-                [*command, str(first), str(WORKERS)],
-                env=settings,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            running = None
-            for text in process.stdout:
-                line = json.loads(text)
-                running = line["number"] if line.get("begun") else None
-                lines.put(line)
-            errors = process.stderr.read()[-3000:]
-            if process.wait() == 0:
-                return
+            with tempfile.TemporaryFile("w+") as errors:  # a pipe would fill up
+                process = subprocess.Popen(
+                    [*command, str(first), str(WORKERS)],
+                    env=settings,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+                running = None
+                for text in process.stdout:
+                    line = json.loads(text)
+                    running = line["number"] if line.get("begun") else None
+                    lines.put(line)
+                if process.wait() == 0:
+                    return
+                errors.seek(0)
+                message = errors.read()[-3000:]
             outcome = "hung or died" if running else "ended before any fault"
-            lines.put({"number": running, "outcome": outcome, "message": errors})
+            lines.put({"number": running, "outcome": outcome, "message": message})
             if running is None:
                 return
             first = running + WORKERS
