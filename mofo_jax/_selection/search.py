@@ -40,6 +40,7 @@ from mofo_jax._selection.brackets import (
 )
 from mofo_jax._selection.counting import Integers
 from mofo_jax._selection.options import options
+from mofo_jax._selection.platforms import on_cpus
 from mofo_jax._selection.probes import first_probes, next_probes
 from mofo_jax._selection.ranking import Axes, Blocks
 from mofo_jax._selection.single_cpu import SingleCPU
@@ -109,7 +110,7 @@ def _passes(arrays: list[jax.Array], block_axes: list[Axes], k: Integers) -> Pas
 
     A wrong guess, as when lowering for another platform, costs time only.
     """
-    alone = jax.device_count() == 1 and jax.default_backend() == "cpu"
+    alone = jax.device_count() == 1 and on_cpus()
     name = options.value.program or ("one CPU device" if alone else "any device")
     program = SingleCPU if name == "one CPU device" else AnyDevice
     return program(arrays, block_axes, k)

@@ -298,3 +298,20 @@ def test_few_passes(program):
             _, state = update(gradient, state, params)
             taken = passes()
     assert taken <= 8
+
+
+def test_the_mesh_says_what_a_program_is_for():
+    """Also where it is compiled ahead of time, on a machine of another kind."""
+    optimizer = mofo(1e-3, score="gain")
+    params = {"w": jnp.ones((8, 8))}
+    state = optimizer.init(params)
+
+    def barriers(kind, platform):
+        device = jax.sharding.AbstractDevice(kind, 1, platform)
+        mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            program = str(jax.make_jaxpr(optimizer.update)(params, state, params))
+        return program.count("optimization_barrier")
+
+    # The gain is stored by a barrier, or by a loop on CPUs.
+    assert barriers("TPU v5", "tpu") == barriers("cpu", "cpu") + 1

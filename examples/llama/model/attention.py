@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.llama.model.platforms import platform
 from examples.llama.model.products import float32_einsum
 
 # With four parts of the queries, each of which looks at no later keys, 5/8 of the
@@ -35,10 +36,10 @@ def attend(
     Returns:
       [B, T, N, D] in the dtype of q.
     """
-    backend = jax.default_backend()
-    if mask is None and backend == "cpu":
+    on = platform()
+    if mask is None and on == "cpu":
         return _causal(q, k, v)
-    flash = mask is None and backend == "gpu" and q.dtype != jnp.float32
+    flash = mask is None and on == "gpu" and q.dtype != jnp.float32
     # It mixes dtypes, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from examples.llama.model.platforms import platform
+
 
 def float32_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum` of two arrays of one dtype, summed and returned in float32."""
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # XLA's CPU backend lacks a kernel for some fusions of bfloat16 products (jax
         # 0.10.2: "BF16 x BF16 = F32"), and computes the others in float32.
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
