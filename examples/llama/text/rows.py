@@ -20,7 +20,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from examples import terminal
-from examples.files import replacing, sha256
+from examples.files import replacing, sha256, write_bytes
 from examples.llama.text.dataset import (
     Dataset,
     Noted,
@@ -298,18 +298,18 @@ class _StreamIterator(grain.DatasetIterator):
 
 
 def _cached(path: Path, write: Callable[[Path], None]) -> Dataset:
-    """The rows at `path`, written there unless they are."""
+    """The rows at `path`, written there unless they are, whole and undamaged."""
+    digest = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _waiting(path.with_suffix(".lock")) as locked:
-        try:
+        if path.exists() and digest.exists() and digest.read_text() == sha256(path):
             return Dataset(path)
-        except (OSError, ValueError, KeyError):  # not there, or damaged
-            pass
         if locked:  # then nobody is writing what is left from a process that died
             for left in path.parent.glob(f".{path.name}.*"):
                 left.unlink(missing_ok=True)
         with replacing(path) as beside, pa.OSFile(str(beside), "wb") as file:
             write(file)
+        write_bytes(digest, sha256(path).encode())
         return Dataset(path)
 
 

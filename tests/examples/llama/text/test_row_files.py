@@ -103,14 +103,18 @@ def test_small_data_needs_no_file(tokenizer, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("kept", [0, 8, 500, -1])
-def test_a_damaged_file_is_made_again(tokenizer, on_disk, tmp_path, kept):
+@pytest.mark.parametrize("damage", ["empty", "cut", "a flipped bit", "no digest"])
+def test_a_damaged_file_is_made_again(tokenizer, on_disk, tmp_path, damage):
     path = write_pairs(tmp_path / "some.jsonl", 20)
     expected = on_disk(path, tokenizer).take()
     (file,) = files(tmp_path)
     whole = file.read_bytes()
     file.unlink()  # it is mapped
-    file.write_bytes(whole[:kept])
+    flipped = whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]
+    contents = {"empty": b"", "cut": whole[:-1], "a flipped bit": flipped}
+    file.write_bytes(contents.get(damage, whole))
+    if damage == "no digest":
+        file.with_suffix(".sha256").unlink()
     chex.assert_trees_all_equal(on_disk(path, tokenizer).take(), expected)
     assert file.read_bytes() == whole
 
@@ -123,7 +127,7 @@ def test_bad_records_leave_no_file(tokenizer, on_disk, tmp_path):
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
     with refused(f"{path}: none of 2000 records has a token to learn within max_len"):
         on_disk(path, tokenizer, 3, skip_bad=True)
-    assert not files(tmp_path, "")[2:]
+    assert not files(tmp_path)
     found = on_disk(path, tokenizer, skip_bad=True)
     assert len(found) == 2000 and found.outcome.bad.number == 1
 
@@ -176,7 +180,7 @@ def test_a_killed_process(on_disk, tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not files(tmp_path) and len(list(cache.iterdir())) == 2
     assert len(on_disk(path, load_tokenizer(name))) == 20
-    assert len(files(tmp_path)) == 1 and len(list(cache.iterdir())) == 2
+    assert len(files(tmp_path)) == 1 and len(list(cache.iterdir())) == 3
 
 
 def test_one_process_makes_them(tokenizer, on_disk, tmp_path, monkeypatch):
