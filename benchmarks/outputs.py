@@ -1,17 +1,38 @@
 """What benchmarks leave: numbers as JSON, and beside it a table and a plot."""
 
+import atexit
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.files import read_json_object
+from examples.files import lock, read_json_object
+
+_locked: set[Path] = set()  # results' files, by this process
 
 
 def make_room(output: Path) -> None:
-    """Makes the directory of a results' file; ValueError unless that is one of JSON."""
+    """Makes the directory of a results' file, and keeps other processes from the file.
+
+    The lock lasts until this process ends. The file that it is on is hidden.
+
+    Raises:
+      ValueError: The file is none of JSON, or another process is writing it.
+      OSError: The directory cannot be made.
+    """
     if output.suffix != ".json":
         raise ValueError(f"output must end in .json, got {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.resolve().with_name(f".{output.name}.lock")
+    if path not in _locked:
+        descriptor = lock(path, output)
+        _locked.add(path)
+        atexit.register(_release, path, descriptor)
+
+
+def _release(path: Path, descriptor: int) -> None:
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def load(

@@ -87,7 +87,7 @@ def record(model: Path, steps: int, directory: Path) -> None:
         report=False,
         output=directory / "run",
     )
-    train(config, progress=False, before={}, optimizer=recording)
+    train(config, before={}, optimizer=recording)
     jax.effects_barrier()
 
 

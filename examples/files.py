@@ -80,7 +80,7 @@ def locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
     try:
-        descriptor = _lock(path)
+        descriptor = lock(path, directory)
         try:
             yield
         finally:
@@ -92,12 +92,24 @@ def locked(directory: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _lock(path: Path) -> int:
-    """The descriptor of the locked file."""
+def lock(path: Path, output: Path) -> int:
+    """Locks a file, which is made, for as long as its descriptor is open.
+
+    Args:
+      path: The file.
+      output: What it keeps from other processes, for the error.
+
+    Returns:
+      The descriptor. Remove the file before you close it.
+
+    Raises:
+      ValueError: Another process has the lock; the message names it and its host.
+      OSError: The file cannot be made.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if _is_locked(descriptor, path):
+            if _is_locked(descriptor, path, output):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -105,7 +117,7 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
 
 
-def _is_locked(descriptor: int, path: Path) -> bool:
+def _is_locked(descriptor: int, path: Path, output: Path) -> bool:
     """Locks an open file; False if its owner before removed it in the meantime."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +128,7 @@ def _is_locked(descriptor: int, path: Path) -> bool:
             raise
         owner = os.read(descriptor, 200).decode(errors="replace").strip()
         raise ValueError(
-            f"{path.parent}: {owner or 'another process'} is writing there; wait "
+            f"{output}: {owner or 'another process'} is writing there; wait "
             "until it has ended, or give another output"
         ) from None
     if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):

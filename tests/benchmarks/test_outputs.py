@@ -1,10 +1,13 @@
 """Results that a benchmark resumes, or refuses."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.outputs import load
+from benchmarks.outputs import load, make_room
 
 SETTINGS = {"settings": {"steps": 3, "model": "m"}, "device": "abacus"}
 
@@ -64,3 +67,27 @@ def test_other_settings(tmp_path, changes, message):
     path.write_text(json.dumps(SETTINGS | changes))
     with pytest.raises(ValueError, match=f"x.json: of other settings, {message};"):
         load(path, SETTINGS)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from benchmarks.outputs import make_room
+make_room(Path(sys.argv[1]))
+print("begun", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_one_process_writes(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", WRITER, path]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout.readline() == "begun\n"
+        with pytest.raises(ValueError, match=f"x.json: process {one.pid} on .* is wri"):
+            make_room(path)
+        make_room(path.with_name("y.json"))
+        one.kill()
+    make_room(path)  # what it left does not matter
+    make_room(path)  # nor what this process has itself
