@@ -43,7 +43,7 @@ LEAF, TINY, LARGE = "one 4096x4096 leaf", "TinyLlama", "Llama-2-7B"
 CASES = {
     "tpu": (
         Case("v5e", "v5e:2x2", "v5litepod-4", 1, LEAF),
-        Case("v5e", "v5e:2x2", "v5litepod-4", 1, TINY),
+        Case("v5e", "v5e:2x2", "v5litepod-4", 4, TINY),
         Case("v5e", "v5e:2x4", "v5litepod-8", 8, LARGE),
         Case("v5e", "v5e:8x8", "v5litepod-64", 64, LARGE),
         Case("v5p", "v5p:2x2x1", "v5p-8", 1, LEAF),

@@ -30,15 +30,13 @@ def cost(results: dict[str, Any], run: dict[str, Any], unit: str) -> float:
 
 
 def ratios(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float, float]]:
-    """Each program, its cost over AdamW's, and so its bytes."""
+    """Each program that fits, its cost over AdamW's, and so its bytes."""
     unit = UNITS[results["settings"]["platform"]]
-    adamw = {
-        tuple(run["case"]): run
-        for run in results["programs"]
-        if run["method"] == "adamw"
-    }
-    for run in results["programs"]:
-        base = adamw[tuple(run["case"])]
+    fit = [run for run in results["programs"] if "does_not_fit" not in run]
+    adamw = {tuple(run["case"]): run for run in fit if run["method"] == "adamw"}
+    for run in fit:
+        if (base := adamw.get(tuple(run["case"]))) is None:
+            continue
         yield (
             run,
             cost(results, run, unit) / cost(results, base, unit),
@@ -77,6 +75,11 @@ def table(results: dict[str, Any]) -> str:
             f"| {run['temporary_bytes'] / 1e6:,.1f} | {run['collectives']} "
             f"| {run['collective_bytes'] / 1e6:,.3f} | {run['seconds']:.0f} |"
         )
+    for run in results["programs"]:
+        if "does_not_fit" in run:
+            chip, _, _, chips, tree = run["case"]
+            what = f"| {chips} x {chip} | {tree} | {run['method']} | does not fit "
+            lines.append(what + "| " * 7 + "|")
     return "\n".join(lines) + "\n"
 
 

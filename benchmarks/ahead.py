@@ -216,7 +216,13 @@ def main(platform: str, topology: str, chips: int, tree: str, method: str) -> No
     """Compiles, and prints what it found."""
     found = np.array(devices(platform, topology)[:chips])
     begun = time.perf_counter()
-    compiled = compile_step(method, tree, Mesh(found, ("fsdp",)))
+    try:
+        compiled = compile_step(method, tree, Mesh(found, ("fsdp",)))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(json.dumps({"does_not_fit": str(error).splitlines()[0]}))
+        return
     seconds = time.perf_counter() - begun
     print(json.dumps(describe(compiled) | {"seconds": round(seconds, 1)}))
 

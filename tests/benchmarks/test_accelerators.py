@@ -133,6 +133,24 @@ def test_runs_are_kept(tmp_path, monkeypatch, capsys):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_what_does_not_fit(monkeypatch, capsys):
+    def compile_step(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17 of 16 GB\nmore")
+
+    monkeypatch.setattr(ahead, "compile_step", compile_step)
+    monkeypatch.setattr(ahead, "devices", lambda *_: jax.devices())
+    ahead.main("tpu", "v5e:2x2", 1, "TinyLlama", "mofo")
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"does_not_fit": "RESOURCE_EXHAUSTED: 17 of 16 GB"}
+    case = CASES["tpu"][1]
+    runs = [{"case": case, "method": "adamw"} | program(case, "adamw")]
+    runs += [{"case": case, "method": "mofo"} | found]
+    results = {"settings": {"platform": "tpu"}, "passes": PASSES, "versions": {}}
+    results["programs"] = runs
+    assert "| 4 x v5e | TinyLlama | mofo | does not fit | |" in table(results)
+    assert len(list(ratios(results))) == 1
+
+
 def test_a_compiler_that_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accelerators, "smollm2_path", lambda: None)
     monkeypatch.setattr(recorded_passes, "measure", lambda *_: PASSES)
