@@ -133,6 +133,20 @@ def test_runs_are_kept(tmp_path, monkeypatch, capsys):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_documents_quote_the_results():
+    path = ROOT / "docs" / "results" / "accelerators_tpu.json"
+    results = json.loads(path.read_text())
+    over = {
+        (run["case"][0], run["case"][-1]): ratio
+        for run, ratio, _ in ratios(results)
+        if run["method"] == "mofo"
+    }
+    leaf, tiny = over["v5e", "one 4096x4096 leaf"], over["v5e", "TinyLlama"]
+    for name in ("README.md", "docs/selection.md"):
+        text = " ".join((ROOT / name).read_text().split())
+        assert f"{leaf:.2f} times AdamW's" in text and f"{tiny:.2f} times" in text
+
+
 def test_what_does_not_fit(monkeypatch, capsys):
     def compile_step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17 of 16 GB\nmore")

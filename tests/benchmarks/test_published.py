@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import facts_report, forgetting_report, situations
+from benchmarks import (
+    accelerators_report,
+    facts_report,
+    forgetting_report,
+    situations,
+)
 from benchmarks.facts_variants import VARIANTS
 from benchmarks.forgetting_methods import METHODS
 from benchmarks.quoted_tables import QUOTED, renew
@@ -20,6 +25,7 @@ REPORTS = {
     "forgetting_stories260k_python": forgetting_report.report,
     "smollm2_h200": forgetting_report.report,
     "facts": facts_report.report,
+    "accelerators_tpu": accelerators_report.table,
 }
 
 
