@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import accelerators_report, recorded_passes
+from benchmarks.accelerators_report import LEAF
 from benchmarks.outputs import load, make_room, publish
 from examples import terminal
 from examples.checks import check_least
@@ -39,7 +40,7 @@ class Case(NamedTuple):
     tree: str  # of `benchmarks.trees.TREES`
 
 
-LEAF, TINY, LARGE = "one 4096x4096 leaf", "TinyLlama", "Llama-2-7B"
+TINY, LARGE = "TinyLlama", "Llama-2-7B"
 CASES = {
     "tpu": (
         Case("v5e", "v5e:2x2", "v5litepod-4", 1, LEAF),
@@ -57,7 +58,7 @@ CASES = {
         Case("H100", "1x1x8", "", 8, LARGE),
     ),
 }
-METHODS = ("adamw", "mofo", "gain", "keep", "keep, F whole")
+METHODS = ("adamw", *accelerators_report.SCORES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """An optimizer's step, compiled for chips that are not there.
 
 A part of benchmarks.accelerators, which starts it with the environment that a compiler
-needs. Prints a line of JSON with what the compiled program says of itself.
+needs. Prints the costs of the compiled program as a line of JSON.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,10 +41,15 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+Costs = Counter[str]  # cycles, kernels and bytes
 # Operations that are no work of their own.
 _FREE = re.compile(
     r"(parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call"
     r"|after-all|partition-id|replica-id|opt-barrier|\S+-done|\S+-update)$"
+)
+_CALLED = re.compile(
+    r"(?:body|to_apply|(?:true|false)_computation|branch_computations)=\{?"
+    r"(%?[\w.-]+)"
 )
 _DEFINED = re.compile(r"\s*(?:ROOT )?(%?[\w.-]+) = (.*?) ([\w-]+)\((.*)$")
 
@@ -120,12 +126,13 @@ def describe(compiled: Any) -> dict[str, Any]:
     text = compiled.as_text()
     computations = dict(_computations(text))
     (entry,) = (name for name in computations if name.startswith("ENTRY"))
-    once, per_pass = _Sum(), _Sum()
+    once: Costs = Counter()
+    per_pass: Costs = Counter()
     _add(computations, entry, once, per_pass)
     moved = collectives(text)
     return {
-        "step": once.as_dict(),
-        "pass": per_pass.as_dict(),
+        "step": _as_json(once),
+        "pass": _as_json(per_pass),
         "collectives": len(moved),
         "collective_bytes": sum(
             dtype_bytes(dtype) * math.prod(shape)
@@ -136,16 +143,12 @@ def describe(compiled: Any) -> dict[str, Any]:
     }
 
 
-class _Sum:
-    def __init__(self) -> None:
-        self.cycles = self.kernels = self.bytes = 0
-
-    def as_dict(self) -> dict[str, int | None]:
-        return {
-            "cycles": self.cycles or None,
-            "kernels": self.kernels,
-            "bytes": self.bytes,
-        }
+def _as_json(costs: Costs) -> dict[str, int | None]:
+    return {
+        "cycles": costs["cycles"] or None,
+        "kernels": costs["kernels"],
+        "bytes": costs["bytes"],
+    }
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -162,7 +165,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _add(
-    computations: dict[str, list[str]], name: str, once: _Sum, per_pass: _Sum
+    computations: dict[str, list[str]], name: str, once: Costs, per_pass: Costs
 ) -> None:
     """Adds what a computation does, loops of known length as often as they run."""
     sizes: dict[str, int] = {}
@@ -172,29 +175,23 @@ def _add(
         defined, kind, operation, rest = match.groups()
         sizes[defined] = sum(_arrays(kind))
         if operation in ("while", "call", "conditional"):
-            for called in re.findall(
-                r"(?:body|to_apply|branch_computations=\{|true_computation"
-                r"|false_computation)=?\{?(%?[\w.-]+)",
-                line,
-            ):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-                inside = _Sum()
-                searching = operation == "while" and trips is None
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+            searching = operation == "while" and trips is None
+            target = per_pass if searching else once
+            for called in _CALLED.findall(line):
+                inside: Costs = Counter()
                 _add(computations, called, inside, per_pass)
-                target = per_pass if searching else once
-                times = int(trips[1]) if trips else 1
-                for field in ("cycles", "kernels", "bytes"):
-                    added = times * getattr(inside, field)
-                    setattr(target, field, getattr(target, field) + added)
+                for unit, cost in inside.items():
+                    target[unit] += cost * (int(trips[1]) if trips else 1)
         elif not _FREE.match(operation):
-            once.kernels += 1
+            once["kernels"] += 1
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-            once.cycles += int(cycles[1]) if cycles else 0
+            once["cycles"] += int(cycles[1]) if cycles else 0
             if operation.endswith("-start"):  # its result has its operand in it
-                once.bytes += min(filter(None, _arrays(kind)), default=0)
+                once["bytes"] += min(filter(None, _arrays(kind)), default=0)
             else:
                 operands = re.findall(r"%[\w.-]+", rest.split("), ")[0])
-                once.bytes += sizes[defined] + sum(sizes.get(x, 0) for x in operands)
+                once["bytes"] += sizes[defined] + sum(sizes.get(x, 0) for x in operands)
 
 
 def _arrays(kind: str) -> list[int]:

@@ -13,7 +13,7 @@ ORDINARY, ADVERSARIAL = (2.0, 1.3), (4.0, 2.0)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every target with what was measured, as Markdown.
+    """Every target and its measurement, as Markdown.
 
     Sections that were not measured are left out.
     """

@@ -7,6 +7,7 @@ into memory included. Writes JSON and prints a table.
 """
 
 import dataclasses
+import itertools
 import json
 import random
 import subprocess
@@ -66,7 +67,7 @@ def generate(directory: Path, args: Args) -> None:
     for i in tqdm(range(args.files), desc="generating", **style):
         count = (args.records + i) // args.files  # together exactly args.records
         with (directory / f"part-{i:03}.jsonl").open("w") as file:
-            file.writelines(line for line, _ in zip(sums(i), range(count)))  # noqa: B905
+            file.writelines(itertools.islice(sums(i), count))
 
 
 def make_tokenizer() -> Tokenizer:
@@ -81,8 +82,7 @@ def make_tokenizer() -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    lines = (line for line, _ in zip(sums(0), range(10_000)))  # noqa: B905
-    backend.train_from_iterator(lines, trainer)
+    backend.train_from_iterator(itertools.islice(sums(0), 10_000), trainer)
     return Tokenizer(backend, bos_id=0, eos_ids=(1,), pad_id=0)
 
 

@@ -58,9 +58,7 @@ def record(model: Path, steps: int, directory: Path) -> None:
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             step, state = state
             for path, leaf in jax.tree.leaves_with_path(updates):
-                name = "_".join(
-                    jax.tree_util.keystr((key,), simple=True) for key in path
-                )
+                name = jax.tree_util.keystr(path, simple=True, separator="_")
                 if name.startswith(wanted):
                     jax.debug.callback(functools.partial(save, name), step, leaf)
             updates, state = inner.update(updates, state, params, **extra)
@@ -71,7 +69,6 @@ def record(model: Path, steps: int, directory: Path) -> None:
     config = Config(
         model=model,
         data=(str(data),),
-        eval_data=None,
         retain_data=directory / FILE,
         template="tokenizer",
         method="adamw",

@@ -140,6 +140,22 @@ def _is_locked(descriptor: int, path: Path, output: Path) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def waiting(path: Path) -> Iterator[bool]:
+    """Waits until no other process is in the block with the same file, which is made.
+
+    Gives False where the file system knows no locks.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            locked = False
+        else:
+            locked = True
+        yield locked
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a file whole or not at all; see `replacing`."""
     with replacing(path) as beside:

@@ -38,7 +38,7 @@ from tests.processes import environment
 
 HERE = Path(__file__).parent
 KILLS = 20
-WORKERS = 4  # which wait for the disk more than they compute
+WORKERS = 4
 
 
 def inject(directory: Path) -> Iterator[dict]:

@@ -4,7 +4,7 @@ import jax
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu".
+    """The name of the platform: "cpu", "gpu" or "tpu".
 
     The devices of the mesh that is set decide (`jax.set_mesh`), so that programs can be
     compiled ahead of time for other hardware. Without one, it is JAX's default backend.

@@ -37,7 +37,7 @@ class Noted(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of the records."""
+    """How many records were truncated, left out or worth a message."""
 
     truncated: int = 0  # longer than L tokens; the first L were kept
     dropped: int = 0  # left out, because no counted token was left
@@ -56,7 +56,7 @@ class Dataset:
     Attributes:
       length: L.
       highest: The largest token, -1 where there is none.
-      outcome: What became of the records.
+      outcome: How many records were truncated, left out or worth a message.
 
     Raises:
       OSError: The file cannot be read.
@@ -169,7 +169,7 @@ class RowWriter:
             self._flush()
 
     def close(self, outcome: Outcome) -> None:
-        """Ends the file with what became of the records."""
+        """Ends the file with the counts of the records."""
         summary = self._summary | {
             "rows": self.count,
             "highest": self._highest,
@@ -190,7 +190,7 @@ class RowWriter:
         self._file.write_batch(batch, custom_metadata=metadata)
 
 
-def alone(tokens: np.ndarray, loss_mask: np.ndarray, source: str) -> Row:
+def row_of_record(tokens: np.ndarray, loss_mask: np.ndarray, source: str) -> Row:
     """A row of one record."""
     return Row(tokens, loss_mask, np.array([len(tokens)]), [source])
 

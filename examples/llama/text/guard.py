@@ -90,7 +90,9 @@ class Finder:
         inside: Callable[[str], int],
     ):
         self._inside = inside
-        self._harmless: set[str] = set()  # characters, as far as they were met
+        # Characters that were met, and those of them that are risky.
+        self._known: set[str] = set()
+        self._risky: set[str] = set()
         self._normalize = normalizer.normalize_str if normalizer and names else None
         changed = {self._normalized(name) for name in names}
         self._pattern = _pattern({*names, *changed})
@@ -145,11 +147,13 @@ class Finder:
     def _reads(self, text: str) -> bool:
         """Whether the normalizer makes a name of the text."""
         # Nearly all texts need not be normalized to know.
-        if self._normalize is None or self._harmless.issuperset(text):
+        if self._normalize is None:
             return False
         characters = set(text)
-        self._harmless.update(x for x in characters if not self._is_risky(x))
-        if self._harmless.issuperset(characters):
+        new = characters - self._known
+        self._known |= new
+        self._risky.update(filter(self._is_risky, new))
+        if self._risky.isdisjoint(characters):
             return False
         return self._changed_pattern.search(self._normalize(text)) is not None
 

@@ -113,6 +113,7 @@ class RecordReader:
         .json, one JSON list, which is read as a whole.
 
     Attributes:
+      files: The files that are read; none of a data set's.
       size: How many bytes there are to read.
       done: How many have been read.
       digest: A data set's fingerprint, which changes with its content; None for files.
@@ -126,6 +127,7 @@ class RecordReader:
         self.path = os.fspath(path)
         self.done = 0
         self.digest: str | None = None
+        self.files = find_files(self.path)
         self._dataset: Any = None
         if self.path.startswith(HUB):
             self._dataset = _load_dataset(self.path)
@@ -133,11 +135,6 @@ class RecordReader:
             self.digest = self._dataset._fingerprint
         else:
             self.size = sum(file.stat().st_size for file in self.files)
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that are read; none of a data set's."""
-        return find_files(self.path)
 
     def __iter__(self) -> Iterator[Record | ValueError]:
         self.done, count = 0, 0

@@ -3,8 +3,6 @@
 Shapes: rows of up to L tokens (max_length).
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,15 +18,15 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from examples import terminal
-from examples.files import replacing, sha256, write_bytes
+from examples.files import replacing, sha256, waiting, write_bytes
 from examples.llama.text.dataset import (
     Dataset,
     Noted,
     Outcome,
     Row,
     RowWriter,
-    alone,
     in_memory,
+    row_of_record,
 )
 from examples.llama.text.records import Record, RecordReader, read_text
 from examples.llama.text.templates import (
@@ -140,7 +138,7 @@ def load_text(
         assert characters is not None, "only special tokens have none"
         line = np.searchsorted(breaks, characters[0]) + 1
         counted = np.arange(len(tokens)) > 0
-        rows.append(alone(tokens, counted, f"{os.fspath(path)}:{line}"))
+        rows.append(row_of_record(tokens, counted, f"{os.fspath(path)}:{line}"))
     return in_memory(rows, max_length, tokenizer.pad_id)
 
 
@@ -180,8 +178,8 @@ class _Maker:
 
             writer = RowWriter(sink, length, tokenizer.pad_id, vocab_size)
             examples = self._examples(self._texts(self._records(read())))
-            pack = _packed if self._pack else _one_a_row
-            for row in pack(examples, length):
+            rows = starmap(row_of_record, examples)
+            for row in _packed(examples, length) if self._pack else rows:
                 writer.write(row)
         self._check(reader.path, writer.count)
         counts = self._truncated, self._dropped, self._escaped
@@ -251,10 +249,6 @@ class _Notes:
         return Noted(self._count, tuple(self._first))
 
 
-def _one_a_row(examples: Iterator[Example], _: int) -> Iterator[Row]:
-    return starmap(alone, examples)
-
-
 def _packed(examples: Iterator[Example], length: int) -> Iterator[Row]:
     """As many examples in each row as fit."""
     packed = grain.experimental.FirstFitPackIterDataset(
@@ -301,7 +295,7 @@ def _cached(path: Path, write: Callable[[Path], None]) -> Dataset:
     """The rows at `path`, written there unless they are, whole and undamaged."""
     digest = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _waiting(path.with_suffix(".lock")) as locked:
+    with waiting(path.with_suffix(".lock")) as locked:
         if path.exists() and digest.exists() and digest.read_text() == sha256(path):
             return Dataset(path)
         if locked:  # then nobody is writing what is left from a process that died
@@ -311,19 +305,6 @@ def _cached(path: Path, write: Callable[[Path], None]) -> Dataset:
             write(file)
         write_bytes(digest, sha256(path).encode())
         return Dataset(path)
-
-
-@contextlib.contextmanager
-def _waiting(path: Path) -> Iterator[bool]:
-    """Waits until no other process is in the block; False where nothing can tell."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False
-        else:
-            locked = True
-        yield locked
 
 
 def _key(reader: RecordReader, tokenizer: Tokenizer, arguments: dict[str, Any]) -> str:

@@ -132,20 +132,18 @@ def tokenize(
         text are still more than that, but not all: what lies far behind is left out
         before the text is tokenized, so that it takes no memory.
     """
+    most = math.inf
+    if length is not None:
+        most = max(length, 1024) * _CHARACTERS_PER_TOKEN
     for rendered, group in itertools.groupby(texts, lambda text: text.rendered):
-        for chunk in _chunks(group, _most_characters(length)):
-            short = [_shortened(text, _most_characters(length)) for text in chunk]
+        for chunk in _chunks(group, most):
+            short = [_shortened(text, most) for text in chunk]
             examples = _encoded(short, rendered, tokenizer)
             for whole, text, example in zip(chunk, short, examples, strict=True):
                 # A text may have few tokens for its characters.
                 if text is not whole and len(example.tokens) < 2 * (length or 0):
                     (example,) = _encoded([whole], rendered, tokenizer)
                 yield example
-
-
-def _most_characters(length: int | None) -> float:
-    """How much of a text is tokenized at first, where so many tokens are wanted."""
-    return math.inf if length is None else max(length, 1024) * _CHARACTERS_PER_TOKEN
 
 
 def _chunks(texts: Iterable[Pieces], most: float) -> Iterator[list[Pieces]]:

@@ -18,7 +18,7 @@ from examples import terminal
 from examples.files import write_json_lines
 from examples.llama.model.generation import generate
 from examples.llama.model.llama import Llama
-from examples.llama.text.dataset import Dataset, alone, in_memory
+from examples.llama.text.dataset import Dataset, in_memory, row_of_record
 from examples.llama.text.tokenizer import Tokenizer
 from mofo_jax.continual import draw_texts
 
@@ -131,7 +131,7 @@ def text_rows(
 ) -> Dataset:
     """A row for each text. All tokens but the first count."""
     rows = [
-        alone(
+        row_of_record(
             np.array(tokens, np.int32),
             np.arange(len(tokens)) > 0,
             f"{source}:{number}",

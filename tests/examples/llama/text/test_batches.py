@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples.llama.text.batches import ordered_batches, records_of, training_batches
-from examples.llama.text.dataset import FIELDS, alone, in_memory
+from examples.llama.text.dataset import FIELDS, in_memory, row_of_record
 from tests.examples.llama.checkpoints.llama2c_files import refused
 
 
@@ -17,7 +17,7 @@ def numbered(count, first=0):
     rows = []
     for i in range(first, first + count):
         tokens = np.arange(3 * i, 3 * i + 1 + i % 3) + 300
-        rows.append(alone(tokens, tokens % 2 == 0, f"file:{i}"))
+        rows.append(row_of_record(tokens, tokens % 2 == 0, f"file:{i}"))
     return in_memory(rows, 3, 7)
 
 
@@ -158,7 +158,7 @@ def test_resumption(steps):
             {
                 "datasets": [
                     numbered(2),
-                    in_memory([alone(np.ones(1), np.ones(1), "file:1")], 4, 0),
+                    in_memory([row_of_record(np.ones(1), np.ones(1), "file:1")], 4, 0),
                 ],
                 "weights": [1, 1],
             },

@@ -18,19 +18,8 @@ from examples.llama.text.batches import training_batches
 from examples.llama.text.dataset import Outcome, Row, RowWriter
 from examples.llama.text.rows import load_dataset
 from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
-from tests.examples.llama.checkpoints.llama2c_files import (
-    BASE,
-    refused,
-    write_tokenizer,
-)
-
-PIECES = [*" <|>aensrtu4", "s>", "an", " a", " an", "ans", "us", "er", "\n\n", "\n"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.bin"
-    return load_tokenizer(write_tokenizer(path, ["<unk>", *BASE, *PIECES]))
+from tests.examples.llama.checkpoints.llama2c_files import refused, write_tokenizer
+from tests.examples.llama.text.tokenizer_files import TINY
 
 
 @pytest.fixture
@@ -85,9 +74,7 @@ def test_made_once(tokenizer, on_disk, tmp_path):
     made = file.stat()
     on_disk(path, tokenizer)
     assert file.stat() == made
-    other = load_tokenizer(
-        write_tokenizer(tmp_path / "other.bin", ["<unk>", *BASE, *PIECES, "aa"])
-    )
+    other = load_tokenizer(write_tokenizer(tmp_path / "other.bin", [*TINY, "aa"]))
     on_disk(path, tokenizer, 32)
     on_disk(path, tokenizer, pack=True)
     on_disk(path, tokenizer, skip_bad=True)
@@ -173,7 +160,7 @@ rows.load_dataset(data, load_tokenizer(tokenizer), 48, cache_dir=cache)
 def test_a_killed_process(on_disk, tmp_path):
     """What it left is cleared away, and its lock is gone with it."""
     path = write_pairs(tmp_path / "some.jsonl", 20)
-    name = write_tokenizer(tmp_path / "tiny.bin", ["<unk>", *BASE, *PIECES])
+    name = write_tokenizer(tmp_path / "tiny.bin", TINY)
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", KILLED, path, name, cache]
     killed = subprocess.run(command, capture_output=True, text=True)
@@ -300,7 +287,7 @@ rows.unlink()
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_records(tmp_path):
     """A whole epoch over four times as many records: only their mapped bytes more."""
-    name = write_tokenizer(tmp_path / "tiny.bin", ["<unk>", *BASE, *PIECES])
+    name = write_tokenizer(tmp_path / "tiny.bin", TINY)
     grown, mapped = {}, {}
     padding = " " * 1400  # more than is held in memory
     for count in (50_000, 200_000):

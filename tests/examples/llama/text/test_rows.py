@@ -13,23 +13,11 @@ from tokenizers import Tokenizer as Backend
 
 from examples.llama.text.dataset import FIELDS, Noted, Outcome
 from examples.llama.text.rows import load_dataset, load_text
-from examples.llama.text.tokenizer import Tokenizer, load_tokenizer
-from tests.examples.llama.checkpoints.llama2c_files import (
-    BASE,
-    refused,
-    write_tokenizer,
-)
+from examples.llama.text.tokenizer import Tokenizer
+from tests.examples.llama.checkpoints.llama2c_files import refused
 from tests.examples.llama.text.tokenizer_files import (
     CHATML_TEMPLATE,
 )
-
-PIECES = [*" <|>aensrtu4", "s>", "an", " a", " an", "ans", "us", "er", "\n\n", "\n"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.bin"
-    return load_tokenizer(write_tokenizer(path, ["<unk>", *BASE, *PIECES]))
 
 
 def write_lines(path, *values):

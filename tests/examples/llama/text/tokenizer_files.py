@@ -13,6 +13,12 @@ from tokenizers import (
     trainers,
 )
 
+from tests.examples.llama.checkpoints.llama2c_files import BASE
+
+# The pieces of a small tokenizer of llama2.c.
+TINY = ["<unk>", *BASE, *" <|>aensrtu4", "s>", "an", " a", " an", "ans", "us", "er"]
+TINY += ["\n\n", "\n"]
+
 TEXTS = [
     "Natalia sold 48/2 = 24 clips in May. She sold the clips to 72 friends.\n",
     "How many clips did Natalia sell altogether in April and May?\n\n",
