@@ -57,6 +57,9 @@ class Args(Inputs):
     small model at more than half the speed of two. Leave it at 1 on an accelerator."""
     minutes: float = math.inf
     """After these, no further run begins; the same command resumes."""
+    costs: int = 0
+    """Rounds after the runs, in which each method trains once more, only to be timed.
+    What the runs of several days took is no fair comparison."""
 
 
 def measure(args: Args) -> dict[str, Any]:
@@ -67,7 +70,8 @@ def measure(args: Args) -> dict[str, Any]:
       the changes of its point, the seed, the measures "after", the "seconds" of
       training and of "preparing" and the "bytes" of a step (see `train`), and the
       device and versions; and how many runs are "wanted". A run that diverged has
-      "diverged", which is true, and no measures.
+      "diverged", which is true, and no measures. With `args.costs`, "costs" is a list
+      of runs that have a "round" and no measures.
 
     Raises:
       ValueError, OSError: A setting is out of range, a file is missing or damaged, or
@@ -98,17 +102,51 @@ def measure(args: Args) -> dict[str, Any]:
             output = scratch / str(number)
             config = args.configuration(**run, held_out=held_out, output=output)
             jobs.append(Job(run, config))
+        end = begun + 60 * args.minutes
         with tqdm(
             total=len(wanted),
             initial=len(wanted) - len(missing),
             **terminal.bar_style(),
         ) as bar:
-            for run in each(_train, jobs, args.workers, begun + 60 * args.minutes):
+            for run in each(_train, jobs, args.workers, end):
                 results["pretrained"] = run.pop("before", results["pretrained"])
                 results["runs"].append(run | {"workers": args.workers})
                 write_json(args.output, results)
                 _show(bar, run)
+        if args.costs:
+            _time(args, methods, results, scratch, end)
     return results | {"wanted": len(wanted)}
+
+
+def _time(
+    args: Args,
+    methods: Sequence[str],
+    results: dict[str, Any],
+    scratch: Path,
+    end: float,
+) -> None:
+    """Adds to the "costs" of `results` what they lack, and writes them.
+
+    Round by round and one at a time: what else a machine does meets all methods alike.
+    """
+    costs = results.setdefault("costs", [])
+    done = [(run["method"], run["round"]) for run in costs]
+    jobs = []
+    for number, name in itertools.product(range(args.costs), methods):
+        if (name, number) in done:
+            continue
+        output = scratch / f"{name}{number}"
+        point = METHODS[name].points[0]
+        config = args.configuration(name, point, number, scratch, output)
+        # Nothing is measured but the time. Some methods train on the retained text.
+        config = dataclasses.replace(config, eval_data=None)
+        jobs.append(Job({"method": name, "round": number}, config))
+    with tqdm(total=len(jobs), **terminal.bar_style()) as bar:
+        for run in each(_train, jobs, 1, end):
+            costs.append({k: v for k, v in run.items() if k not in ("before", "after")})
+            write_json(args.output, results)
+            bar.set_description(f"timed {run['method']}, round {run['round']}")
+            bar.update()
 
 
 def _show(bar: tqdm, run: dict[str, Any]) -> None:

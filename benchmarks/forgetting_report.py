@@ -209,9 +209,10 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
 def _costs(results: Results, name: str) -> list[str]:
     """What a method takes beside AdamW, for the table.
 
-    Runs are compared where both ran last: on one device, with one allocator and as many
-    runs at a time.
+    Of the runs that were made to be timed, where there are any. Else runs are compared
+    where both ran last: on one device, with one allocator and as many runs at a time.
     """
+    runs = results.get("costs") or results["runs"]
 
     def place(run: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(run.get(key) for key in ("device", "allocator", "workers"))
@@ -220,13 +221,13 @@ def _costs(results: Results, name: str) -> list[str]:
         """In the run that other work has slowed the least; NaN if nothing is known."""
         found = [
             run[what]
-            for run in results["runs"]
+            for run in runs
             if run["method"] == name and place(run) == shared and what in run
         ]
         return min(found, default=np.nan)
 
-    of_adamw = {place(run) for run in results["runs"] if run["method"] == "adamw"}
-    own = [place(run) for run in results["runs"] if run["method"] == name]
+    of_adamw = {place(run) for run in runs if run["method"] == "adamw"}
+    own = [place(run) for run in runs if run["method"] == name]
     shared = next((x for x in reversed(own) if x in of_adamw), None)
     # Whatever is computed from a NaN is NaN too.
     seconds = least("adamw", "seconds")

@@ -127,6 +127,14 @@ def test_report_and_plot(tmp_path):
         if run["method"] == "adamw" and run["seed"] == 2:
             run |= {"device": "slide rule", "seconds": run["seconds"] / 4}
     assert row in forgetting_report.report(results).splitlines()
+    # Runs that were made to be timed.
+    results["costs"] = [
+        {"method": name, "seconds": seconds, "preparing": 1, "bytes": 8}
+        for name, seconds in (("adamw", 3), ("mofo", 6), ("mofo", 4.5))
+    ]
+    rows = forgetting_report.report(results).splitlines()
+    row = next(x for x in rows if x.startswith("| MoFO 10% | learning rate 0.0006"))
+    assert [x.strip() for x in row.split("|")[-5:-1]] == ["1.50", "1", "1.83", "1.000"]
     one_rate = text[text.index("## At one") : text.index("## Every")]
     assert one_rate.count("learning rate 0.0024") == 3
     one = forgetting_report.report(made_up(seeds=1)).splitlines()
@@ -247,6 +255,13 @@ def test_runs_and_goes_on(tmp_path, monkeypatch, capsys):
         main([*flags, f"--output={output}", "--rate-scale=2"])
     message = "frontier.json: of other settings, rate_scale 1.0 instead of 2.0;"
     assert message in capsys.readouterr().err
+    main([*flags, f"--output={output}", "--costs=1"])
+    main([*flags, f"--output={output}", "--costs=2"])
+    timed = json.loads(output.read_text())
+    assert timed["runs"] == results["runs"]
+    found = [(run["method"], run["round"]) for run in timed["costs"]]
+    assert found == [(m, r) for r in (0, 1) for m in ("adamw", "wise-ft")]
+    assert all(run["seconds"] > 0 for run in timed["costs"])
 
 
 @pytest.mark.slow

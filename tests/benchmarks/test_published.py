@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ RESULTS = ROOT / "docs/results"
 REPORTS = {
     "forgetting_stories260k": forgetting_report.report,
     "forgetting_stories260k_1000": forgetting_report.report,
+    "forgetting_stories260k_ablation": forgetting_report.report,
     "forgetting_stories260k_python": forgetting_report.report,
     "smollm2_h200": forgetting_report.report,
     "facts": facts_report.report,
@@ -34,6 +36,14 @@ def test_tables_are_of_the_numbers(name):
     results = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text() == REPORTS[name](results)
     assert (RESULTS / f"{name}.png").exists()
+
+
+def test_what_is_said_of_the_ablation():
+    text = (ROOT / "docs" / "keep.md").read_text()
+    part = text[text.index("## Which parts matter") : text.index("## What it does not")]
+    table = (RESULTS / "forgetting_stories260k_ablation.md").read_text()
+    quoted = re.findall(r"\b[12]\.\d{3}\b", part)
+    assert len(quoted) > 15 and not [x for x in quoted if x not in table]
 
 
 def test_situations_are_of_the_numbers():
