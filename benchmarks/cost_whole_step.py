@@ -16,7 +16,7 @@ from mofo_jax import mofo
 
 
 def whole_step(tiny: bool, repeats: int) -> dict[str, Any]:
-    """Of a Llama, batch 8 x 256: loss, gradient and update."""
+    """Times a Llama's whole step with a batch of 8 x 256: loss, gradient and update."""
     sizes = (256, 64, 128, 2, 4) if tiny else (32000, 768, 2048, 12, 12)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     heads = ("num_attention_heads", "num_key_value_heads")

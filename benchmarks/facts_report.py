@@ -26,7 +26,7 @@ Results = dict[str, Any]
 
 
 def curve(results: Results, name: str, measure: str) -> list[np.ndarray]:
-    """Of the seeds that have all points, over the logarithm of the loss."""
+    """The curve of each seed that has all points, over the logarithm of the loss."""
     rates = VARIANTS[name].rates
     of_seeds: dict[int, list[Any]] = {}
     for run in results["runs"]:

@@ -84,7 +84,7 @@ def flow(config: Config) -> Loss:
 def _median_loss(
     model: Path, tokenizer: Path, data: str, max_length: int, template: str
 ) -> float:
-    """Of the mean losses of the first records, by the model as it is."""
+    """Median of the mean losses of the first records, by the model before training."""
     graph, params = nnx.split(load_model(model))
     dataset = load_dataset(
         data, load_tokenizer(tokenizer), max_length, template=template
@@ -104,7 +104,7 @@ def _median_loss(
 
 
 def _row_losses(model: Llama, batch: Batch, packed: bool) -> jax.Array:
-    """Of each row [B], the mean loss of its counted tokens."""
+    """Mean loss of the counted tokens of each row, [B]."""
     logits, targets, mask = predictions(model, batch, packed)
     sums = jnp.sum(_losses(logits, targets), axis=1, where=mask)
     return sums / jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)

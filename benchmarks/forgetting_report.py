@@ -36,7 +36,7 @@ def shown(results: Results) -> list[str]:
 
 
 def measured(results: Results, measure: str) -> dict[str, np.ndarray]:
-    """Of each method [seeds, points, 2], of the seeds that have all points.
+    """The curves of each method, [seeds, points, 2], for seeds that have all points.
 
     A point is the held-out loss and what was measured; points are in the order of the
     method's. Those that no seed has yet do not count, nor do those at which one

@@ -53,7 +53,7 @@ class Args:
     architecture: str = "tinyllama-1.1b"
     """The model's shape, by name."""
     file_bytes: int = 500_000_000
-    """Of tensors in each file of the checkpoint."""
+    """Bytes of tensors in each file of the checkpoint."""
     tiny: bool = False
     """A small shape: to see that it runs."""
 

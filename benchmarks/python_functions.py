@@ -30,7 +30,7 @@ class Functions(NamedTuple):
 
 
 def version() -> str:
-    """Of the Python whose library it is, as 3.11.9."""
+    """Version of the Python whose library is read, such as 3.11.9."""
     return platform.python_version()
 
 

@@ -140,7 +140,7 @@ class Inputs:
     """Held-out records, the first ones of --eval-data."""
 
     def paths(self) -> dict[str, Path]:
-        """Of model and data, by the names of the flags.
+        """Paths of the model and the data, by the names of the flags.
 
         Raises:
           ValueError: The suite is unknown, or a file is neither given nor in a
@@ -195,7 +195,7 @@ class Inputs:
     def configuration(
         self, method: str, point: Settings, seed: int, held_out: Path, output: Path
     ) -> Config:
-        """Of one run, of a method of METHODS with the changes of its point."""
+        """The configuration of one run: a method of METHODS, changed by a point."""
         paths, settings = self.paths(), self.settings()
         changes: Settings = {"learning_rate": 1.0}
         changes |= METHODS[method].common | point

@@ -56,7 +56,7 @@ class Args:
     dtype: str = "float32"
     """Precision of the computation."""
     param_dtype: str = "float32"
-    """Of the parameters."""
+    """Precision of the parameters."""
     remat: str = "none"
     """See examples.llama.train."""
     repeats: int = 7

@@ -34,11 +34,11 @@ class Args:
     alpha: float = 0.1
     """The fraction that moves."""
     seed: int = 0
-    """Of the facts and of the model."""
+    """Seed for the facts and the model."""
 
 
 def momentum_and_updates(args: Args) -> dict[str, np.ndarray]:
-    """Of the matrix, in the same step: Adam's first moment, its update and MoFO's."""
+    """Adam's first moment of the matrix, Adam's update and MoFO's, in one step."""
     adam, filtered = optax.adam(1e-3), mofo(1e-3, alpha=args.alpha)
     config = quickstart.Config(seed=args.seed)
     old, new = quickstart.make_world(config.seed, config.new_names)

@@ -52,7 +52,8 @@ class Args:
     output: Path
     """The directory to write, or the .gguf file, which gets a Modelfile for Ollama."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Of the weights in it. With q8_0, for GGUF alone, they take 8.5 bits each."""
+    """Precision of the weights that are written. q8_0, only for GGUF, takes 8.5 bits a
+    weight."""
 
 
 def convert(args: Args) -> None:

@@ -48,11 +48,11 @@ class Args:
     """How a chat becomes text: by the tokenizer's own chat template, or in the format
     that the trainer uses by default."""
     max_new_tokens: int = 256
-    """How many tokens to add, unless the text ends before."""
+    """Maximum number of new tokens. The text may end earlier."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; 1 draws from the model's distribution."""
     seed: int = 0
-    """Of the draws, at a temperature above 0."""
+    """Seed for sampling, which a temperature above 0 does."""
 
 
 def continue_text(args: Args) -> str:

@@ -73,11 +73,11 @@ class Args:
     max_length: int | None = None
     """Tokens of a text that the model reads; all of its context by default."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights and the computation."""
+    """Precision of the weights and of the computation."""
     mesh: str = "tensor=1"
     """Devices to spread the model over, as "fsdp=2,tensor=4"."""
     seed: int = 0
-    """Of the draws, in tasks that draw."""
+    """Seed for tasks that sample."""
     output: Path | None = None
     """JSON file for the results."""
     allow_code_execution: bool = False

@@ -74,10 +74,12 @@ class Probe:
     def log_likelihoods(
         self, graph: nnx.GraphDef, *states: nnx.State
     ) -> list[np.ndarray]:
-        """Of each item's choices after its prompt, float64 [choices], in nats.
+        """How likely the choices of each item are after its prompt, in nats.
+
+        Returns an array float64 [choices] for each item.
 
         Args:
-          graph: Of the model, with or without LoRA.
+          graph: The model's graph, with or without LoRA.
           states: Its parameters, in the parts that make it up.
         """
         count, processes = len(self._rows["tokens"]), jax.process_count()

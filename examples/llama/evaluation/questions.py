@@ -45,7 +45,7 @@ def load_items(source: str) -> Items:
 
 
 def _item(value: Any) -> Item:
-    """Of a line's value; ValueError, which says what is allowed, for a bad one."""
+    """The item of a line. A bad line raises a ValueError that says what is allowed."""
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__} found; expected a JSON object")
     question, choices = _text(value, "question", ""), value.get("choices")

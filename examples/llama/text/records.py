@@ -154,7 +154,7 @@ class RecordReader:
             raise ValueError(f"{name}, {kind} 1: no record in the file; {_ALLOWED}")
 
     def _values(self) -> Iterator[tuple[str, str, Iterator[tuple[int, Any]]]]:
-        """Of each file its name, what its values are, and these with their numbers."""
+        """Yields each file's name, what its values are, and its numbered values."""
         if self._dataset is not None:
             yield self.path, "record", self._rows()
         for file in self.files:

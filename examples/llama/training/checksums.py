@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Of each array of a tree, by its path; the same on any mesh.
+    """A checksum for each array of a tree, by its path. It is the same on any mesh.
 
     A checksum is two sums modulo 2^32 over the bits of the entries, in the second of
     which each entry counts by its position. So a change of one entry always shows, and

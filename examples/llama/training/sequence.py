@@ -57,8 +57,8 @@ class Args:
     """Passes over each task's records, or over all tasks' where there is one number;
     TRACE has its own."""
     metrics: tuple[str, ...] = ("exact_match",)
-    """Of each task, or of all: exact_match, first_letter, rouge_l, edit_similarity or
-    sari; TRACE has its own."""
+    """The metric of each task, or one for all: exact_match, first_letter, rouge_l,
+    edit_similarity or sari. TRACE has its own."""
     replay_earlier: float = 0.0
     """Share of each earlier task's records to see again, 0.1 say."""
     ewc_earlier: float = 0.0
@@ -211,7 +211,7 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 
 
 def task_config(args: Args, flags: Sequence[str], tasks: list[Task], t: int) -> Config:
-    """Of the run of task t, which begins at the model of the one before."""
+    """The configuration for task t, which starts from the model of the task before."""
     task, own = tasks[t], []
     for flag in ("--data", "--eval-data", "--epochs", "--steps", "--output"):
         if any(x == flag or x.startswith(f"{flag}=") for x in flags):

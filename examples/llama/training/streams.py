@@ -12,7 +12,7 @@ from examples.llama.training.replay import Datasets
 
 
 class Batches(NamedTuple):
-    """Of one step, for this process's rows."""
+    """The batches of one step, with the rows of this process."""
 
     batch: Batch  # see Dataset; with "kl_weight" where that is not 0
     memories: list[Batch]  # of earlier tasks, for GEM

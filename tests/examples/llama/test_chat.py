@@ -285,7 +285,7 @@ def test_errors(endless, tmp_path, options, template, message, capsys, monkeypat
 
 
 def test_on_a_terminal(repeating):
-    """Ctrl-C ends a long answer, and the conversation goes on."""
+    """Ctrl-C ends a long answer, not the conversation."""
     pty = pytest.importorskip("pty", exc_type=ImportError)
     ours, theirs = pty.openpty()
     options = ["--model", str(repeating), "--max-new-tokens", "19000"]

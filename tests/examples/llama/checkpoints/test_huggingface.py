@@ -486,7 +486,7 @@ def test_what_is_carried_over(tmp_path, model):
         "model.safetensors",
     }
     assert (path / "generation_config.json").read_bytes() == generation
-    # From itself, as where training goes on from what it saved.
+    # From itself, as when training resumes from what it saved.
     save_hugging_face(model, path, source=path)
     assert json.loads((path / "config.json").read_text()) == config
     assert (path / "generation_config.json").read_bytes() == generation

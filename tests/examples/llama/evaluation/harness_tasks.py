@@ -15,7 +15,7 @@ test_split: test
 metadata:
   version: 1.0
 """
-# In stories of a small vocabulary, what goes on from the same beginning.
+# In stories of a small vocabulary, continuations of the same beginning.
 CHOICE = """
 task: stories_choice
 tag: stories
