@@ -106,10 +106,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(f"{unit} of a step, over AdamW's")
     worst = max((x["mofo"] for x in found.values() if "mofo" in x), default=np.nan)
     axes.set_title(
-        f"MoFO's update takes up to {worst:.1f} times the {unit} of AdamW's "
+        f"A step of MoFO takes up to {worst:.1f} times the {unit} of AdamW's "
         f"({'TPU' if platform == 'tpu' else 'GPU'}, by the compiler)"
     )
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -147,6 +147,23 @@ def test_documents_quote_the_results():
         assert f"{leaf:.2f} times AdamW's" in text and f"{tiny:.2f} times" in text
 
 
+def test_documents_quote_the_kernels():
+    path = ROOT / "docs" / "results" / "accelerators_gpu.json"
+    found = {
+        run["method"]: (run, *both)
+        for run, *both in ratios(json.loads(path.read_text()))
+        if run["case"][-1] == "TinyLlama"
+    }
+    run, kernels, moved = found["mofo"]
+    for name in ("README.md", "docs/selection.md"):
+        text = " ".join((ROOT / name).read_text().split())
+        assert f"{kernels:.0f} times as many" in text
+        assert f"{moved:.1f} times as many bytes" in text
+    assert f"{run['step']['kernels']} kernels and {run['pass']['kernels']} in" in text
+    assert f"AdamW's {found['adamw'][0]['step']['kernels']} in all" in text
+    assert f"`keep` has {found['keep'][0]['step']['kernels']} outside" in text
+
+
 def test_what_does_not_fit(monkeypatch, capsys):
     def compile_step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17 of 16 GB\nmore")

@@ -27,6 +27,7 @@ REPORTS = {
     "forgetting_stories260k_python": forgetting_report.report,
     "smollm2_h200": forgetting_report.report,
     "facts": facts_report.report,
+    "accelerators_gpu": accelerators_report.table,
     "accelerators_tpu": accelerators_report.table,
 }
 
