@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+
+from examples.llama.reporting.plots import STYLE
 
 UNITS = {"tpu": "cycles", "gpu": "kernels"}
 # What each method's search ranks by, for the number of its passes; AdamW has none.
@@ -93,25 +93,26 @@ def plot(results: dict[str, Any], path: Path) -> None:
             label = f"{chips} x {chip}\n{tree}"
             found.setdefault(label, {})[run["method"]] = ratio
     methods = [m for m in SCORES if any(m in values for values in found.values())]
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    width = 0.8 / max(1, len(methods))
-    for i, method in enumerate(methods):
-        places = np.arange(len(found)) + (i - (len(methods) - 1) / 2) * width
-        values = [x.get(method, np.nan) for x in found.values()]
-        bars = axes.bar(places, values, width, label=method)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(np.arange(len(found)), found, fontsize=7)
-    unit = {"tpu": "estimated cycles", "gpu": "kernels"}[platform]
-    axes.set_ylabel(f"{unit} of a step, over AdamW's")
-    worst = max((x["mofo"] for x in found.values() if "mofo" in x), default=np.nan)
-    axes.set_title(
-        f"A step of MoFO takes up to {worst:.1f} times the {unit} of AdamW's "
-        f"({'TPU' if platform == 'tpu' else 'GPU'}, by the compiler)"
-    )
-    figure.legend(loc="outside lower center", ncols=len(methods))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        axes = figure.subplots()
+        width = 0.8 / max(1, len(methods))
+        for i, method in enumerate(methods):
+            places = np.arange(len(found)) + (i - (len(methods) - 1) / 2) * width
+            values = [x.get(method, np.nan) for x in found.values()]
+            bars = axes.bar(places, values, width, label=method)
+            axes.bar_label(bars, fmt="%.1f", fontsize=7)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(np.arange(len(found)), found, fontsize=7)
+        unit = {"tpu": "estimated cycles", "gpu": "kernels"}[platform]
+        axes.set_ylabel(f"{unit} of a step, over AdamW's")
+        worst = max((x["mofo"] for x in found.values() if "mofo" in x), default=np.nan)
+        axes.set_title(
+            f"A step of MoFO takes up to {worst:.1f} times the {unit} of AdamW's "
+            f"({'TPU' if platform == 'tpu' else 'GPU'}, by the compiler)"
+        )
+        figure.legend(loc="outside lower center", ncols=len(methods))
+        figure.savefig(path, dpi=150)
 
 
 def _versions(results: dict[str, Any]) -> str:

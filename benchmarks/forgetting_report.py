@@ -209,7 +209,7 @@ def _settings(results: Results, chosen: Callable[[str, Settings], bool]) -> list
 def _costs(results: Results, name: str) -> list[str]:
     """What a method takes beside AdamW, for the table.
 
-    Of the runs that were made to be timed, where there are any. Else runs are compared
+    The runs that were made to be timed are compared, where there are any; else those
     where both ran last: on one device, with one allocator and as many runs at a time.
     """
     runs = results.get("costs") or results["runs"]

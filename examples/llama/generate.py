@@ -52,7 +52,7 @@ class Args:
     temperature: float = 0.0
     """0 takes the likeliest token each time; 1 draws from the model's distribution."""
     seed: int = 0
-    """Seed for sampling, which a temperature above 0 does."""
+    """Seed for sampling, at a temperature above 0."""
 
 
 def continue_text(args: Args) -> str:

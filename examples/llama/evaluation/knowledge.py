@@ -76,11 +76,12 @@ class Probe:
     ) -> list[np.ndarray]:
         """How likely the choices of each item are after its prompt, in nats.
 
-        Returns an array float64 [choices] for each item.
-
         Args:
           graph: The model's graph, with or without LoRA.
           states: Its parameters, in the parts that make it up.
+
+        Returns:
+          For each item, float64 [choices].
         """
         count, processes = len(self._rows["tokens"]), jax.process_count()
         width = self._rows["tokens"].shape[1]
