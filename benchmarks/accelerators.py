@@ -28,6 +28,7 @@ from examples.checks import check_least
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.checkpoints.smollm2 import smollm2_path
+from mofo_jax.testing import Program
 
 
 class Case(NamedTuple):
@@ -59,6 +60,7 @@ CASES = {
     ),
 }
 METHODS = ("adamw", *accelerators_report.SCORES)
+SEARCHES: dict[str, Program] = {"tpu": "TPUs", "gpu": "one GPU"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,8 @@ def measure(args: Args) -> dict[str, Any]:
     begun = {"settings": settings, **environment()}
     results = load(args.output, begun) or begun | {"passes": None, "programs": []}
     if results["passes"] is None:
-        results["passes"] = recorded_passes.measure(smollm2_path(), args.steps)
+        search = SEARCHES[args.platform]
+        results["passes"] = recorded_passes.measure(smollm2_path(), args.steps, search)
         write_json(args.output, results)
     done = {(*run["case"], run["method"]) for run in results["programs"]}
     todo = [

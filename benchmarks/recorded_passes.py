@@ -1,9 +1,9 @@
 """How many passes a search takes in a real run, on two simulated devices.
 
 A part of benchmarks.accelerators. Fine-tunes a model for some steps, records the
-gradients of some of its layers, and gives these to the optimizers. Prints a line of
-JSON: for each score, the mean number of passes a step, of one matrix and of all layers
-together, in the second half of the steps.
+gradients of some of its layers, and gives these to the optimizers, which search as they
+do on the accelerator. Prints a line of JSON: for each score, the mean number of passes
+a step, of one matrix and of all layers together, in the second half of the steps.
 """
 
 import functools
@@ -31,7 +31,7 @@ from examples.llama.training.loop import train
 from examples.llama.training.optimizers import make_optimizer
 from examples.word_problems import word_problems
 from mofo_jax import mofo
-from mofo_jax.testing import count_passes
+from mofo_jax.testing import Program, count_passes, search_program
 
 LAYERS = (0, 10, 20, 29)  # of SmolLM2-135M
 SCORES = ("momentum", "gain")
@@ -88,7 +88,7 @@ def record(model: Path, steps: int, directory: Path) -> None:
     jax.effects_barrier()
 
 
-def replay(directory: Path) -> dict[str, dict[str, float]]:
+def replay(directory: Path, program: Program) -> dict[str, dict[str, float]]:
     """The passes that searches of these gradients take."""
     files = sorted(directory.glob("layers_*.npy"))
     names = sorted({file.name.split(".")[0] for file in files})
@@ -99,7 +99,9 @@ def replay(directory: Path) -> dict[str, dict[str, float]]:
     for score in SCORES:
         found[score] = {}
         for what, chosen in (("one matrix", [largest]), ("layers", names)):
-            found[score][what] = _mean_passes(directory, chosen, steps, mesh, score)
+            with search_program(program):
+                passes = _mean_passes(directory, chosen, steps, mesh, score)
+            found[score][what] = passes
     return found
 
 
@@ -125,12 +127,18 @@ def _mean_passes(
     return statistics.mean(counts[steps // 2 :])
 
 
-def measure(model: Path, steps: int) -> dict[str, dict[str, float]]:
-    """Records in this process, and replays in one with two simulated devices."""
+def measure(model: Path, steps: int, program: Program) -> dict[str, dict[str, float]]:
+    """Records in this process, and replays in one with two simulated devices.
+
+    Args:
+      model: The model to fine-tune.
+      steps: How many.
+      program: Of the search, see `mofo_jax.testing.search_program`.
+    """
     with tempfile.TemporaryDirectory() as directory:
         record(model, steps, Path(directory))
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.recorded_passes", directory],
+            [sys.executable, "-m", "benchmarks.recorded_passes", directory, program],
             env=os.environ
             | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
             | {"JAX_PLATFORMS": "cpu"},
@@ -141,5 +149,10 @@ def measure(model: Path, steps: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def main(directory: str, program: Any) -> None:
+    """Replays what is in a directory, and prints what it found."""
+    print(json.dumps(replay(Path(directory), program)))
+
+
 if __name__ == "__main__":
-    print(json.dumps(replay(Path(sys.argv[1]))))
+    main(*sys.argv[1:])

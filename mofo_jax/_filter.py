@@ -27,7 +27,7 @@ from mofo_jax._leaves import (
 )
 from mofo_jax._scoring import Score, check_score, scores_of
 from mofo_jax._selection.masks import no_guess, select_masks
-from mofo_jax._selection.platforms import on_cpus
+from mofo_jax._selection.platforms import platform
 
 # See momentum_filter.
 Again = Callable[[Any, Any, Any, dict[str, Any], jax.Array], Any]
@@ -267,7 +267,7 @@ def _stored(gain: jax.Array, step: jax.Array) -> jax.Array:
 
     Otherwise XLA computes gains again where they are compared with the thresholds.
     """
-    if not on_cpus():
+    if platform() != "cpu":
         stored: jax.Array = lax.optimization_barrier(gain)
         return stored
     # There XLA removes barriers early. It does not know that this loop never runs, and

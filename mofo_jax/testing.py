@@ -17,18 +17,19 @@ from mofo_jax._selection.options import options
 
 __all__ = ["add_counts", "count_passes", "integer_limit", "search_program"]
 
-Program = Literal["any device", "one CPU device"]
+Program = Literal["any device", "one CPU device", "one GPU", "TPUs"]
 
 
 def search_program(name: Program) -> contextlib.AbstractContextManager[Any]:
     """Chooses the program that searches for thresholds.
 
-    Without it, the one for a single CPU device runs where the process has that and no
-    other device.
+    Without it, the one for a single CPU device or GPU runs where the process, or the
+    mesh that is set, has that and no other device.
 
     Args:
-      name: ``"any device"`` or ``"one CPU device"``. The second runs on others too,
-        but it may move arrays between them.
+      name: ``"any device"``, ``"one CPU device"``, ``"one GPU"`` or ``"TPUs"``. All of
+        them run on any device, but the second and the third may move arrays between
+        several.
 
     Returns:
       A context manager.

@@ -7,6 +7,7 @@ Numbers of a search stand in tables with a column for each block, array after ar
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,17 +36,24 @@ class Columns(NamedTuple):
     members: list[list[int]]
 
 
-def columns(arrays: list[jax.Array], block_axes: list[Axes]) -> Columns:
+def columns(
+    arrays: list[jax.Array], block_axes: list[Axes], stacked: int = 0
+) -> Columns:
     """Groups of neighbouring arrays of one kind.
 
-    Their sizes are powers of two, as each size of a kind has kernels of its own.
+    Args:
+      arrays: Those of a search.
+      block_axes: For each array.
+      stacked: How many arrays a group may have where each is read by one kernel. 0
+        where each array is read by its own: then the sizes are powers of two, as each
+        size of a kind has kernels of its own.
     """
     kinds = [(x.shape, x.dtype, a) for x, a in zip(arrays, block_axes, strict=True)]
     members: list[list[int]] = []
     for _, run in itertools.groupby(range(len(kinds)), kinds.__getitem__):
         rest = list(run)
         while rest:
-            size = min(_LARGEST, 2 ** (len(rest).bit_length() - 1))
+            size = stacked or min(_LARGEST, 2 ** (len(rest).bit_length() - 1))
             members.append(rest[:size])
             rest = rest[size:]
     counts = [block_count(shape, a) for shape, _, a in kinds]
@@ -58,9 +66,14 @@ def slices(table: jax.Array, widths: list[int]) -> list[jax.Array]:
 
 
 def marks_of(
-    xs: list[jax.Array], indices: list[Integers], thresholds: jax.Array, axes: Axes
+    xs: list[jax.Array],
+    indices: Sequence[Integers | None],
+    thresholds: jax.Array,
+    axes: Axes,
 ) -> list[jax.Array]:
     """Marks what reaches the thresholds ``[rows, probes, blocks]`` of a group.
+
+    Where indices are None, thresholds are magnitudes alone.
 
     A list of each array's marks for the first probe, then for the next one.
     """

@@ -1,5 +1,7 @@
 """Where to count next: a matter of speed alone."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +12,51 @@ from mofo_jax._selection.ranking import Blocks
 # How much the logarithm of the count falls as a threshold rises by one octave: 2.2 is
 # a normal distribution's at its upper tenth. Only the first steps rely on it.
 _FALL = 2.2
+
+
+class Places(NamedTuple):
+    """Where probes fall, for a number of them.
+
+    Attributes:
+      near: The first ones, in octaves around a guess.
+      far: Without one, in octaves around the middle.
+      inside: In errors of an estimate between two counts.
+      outside: Beyond the only count, in times an estimate of how far.
+    """
+
+    near: tuple[float, ...]
+    far: tuple[float, ...]
+    inside: tuple[float, ...]
+    outside: tuple[float, ...]
+
+
+_PLACES = {
+    2: Places((-0.01, 0.01), (-8, 8), (-2, 2), (0.7, 1.2)),
+    4: Places(
+        (-0.02, -0.002, 0.002, 0.02),
+        (-24, -8, 8, 24),
+        (-2, -0.5, 0.5, 2),
+        (0.9, 1.4, 4, 32),
+    ),
+    8: Places(
+        (-0.3, -0.045, -0.012, -0.003, 0.003, 0.012, 0.045, 0.3),
+        (-36, -24, -16, -8, 0, 8, 16, 24),
+        (-3, -1.6, -0.9, -0.3, 0.3, 0.9, 1.6, 3),
+        (0.5, 0.8, 1.0, 1.3, 1.8, 3, 8, 32),
+    ),
+}
 # Passes of little progress before the bracket is divided evenly.
 _PATIENCE = 3
 
 
 def first_probes(blocks: Blocks, guess: jax.Array, probes: int) -> jax.Array:
-    """Around the guess; without one, octaves apart."""
+    """Around the guess; without one, octaves apart. Of 2, 4 or 8 probes."""
     kind = guess.dtype
     middle = (0.45 * blocks.top).astype(kind)
-    near = (_places(probes, 0.01, 0.002, 0.02) * blocks.octave).astype(kind)
-    far = (_places(probes, 8, 8, 24) * blocks.octave).astype(kind)
+    near, far = (
+        (np.array(places)[:, None] * blocks.octave).astype(kind)
+        for places in _PLACES[probes][:2]
+    )
     positions = jnp.where(guess < 0, middle + far, guess + near)
     return jnp.clip(positions, 1, jnp.asarray(blocks.top, kind))
 
@@ -52,7 +89,8 @@ def next_probes(
     error = (jnp.sqrt(near) + 0.002 * near) / candidates
     # Few candidates are best told apart by probes that divide their range.
     error = jnp.minimum(error, 1 / 12)
-    fractions = fraction + error * _places(probes, 2, 0.5, 2).astype(np.float32)
+    places = np.array(_PLACES[probes].inside, np.float32)[:, None]
+    fractions = fraction + error * places
     # Steps of equal width where that does not help: on values with many ties, say.
     evenly = brackets.stuck | (brackets.slow_passes >= _PATIENCE)
     steps = (np.arange(1, probes + 1) / (probes + 1))[:, None].astype(np.float32)
@@ -74,8 +112,7 @@ def next_probes(
     octaves = jnp.minimum(octaves / _FALL, 4)
     octaves = jnp.where((count == 0) | (count == n), 1.0, octaves)
     away = octaves * octave * brackets.leap
-    factors = {2: [0.7, 1.2], 4: [0.9, 1.4, 4.0, 32.0]}[probes]
-    away = away * np.array(factors, np.float32)[:, None]
+    away = away * np.array(_PLACES[probes].outside, np.float32)[:, None]
     outside = jnp.minimum(away, span * (1 - 2.0**-23)).astype(kind)
 
     one_sided = no_low | no_high
@@ -87,9 +124,3 @@ def next_probes(
         slow_passes=jnp.where(evenly, 0, brackets.slow_passes),
         leap=jnp.where(one_sided, 8 * brackets.leap, brackets.leap),
     )
-
-
-def _places(probes: int, two: float, inner: float, outer: float) -> np.ndarray:
-    """Places of two or four probes around an estimate."""
-    places = {2: [-two, two], 4: [-outer, -inner, inner, outer]}
-    return np.array(places[probes])[:, None]

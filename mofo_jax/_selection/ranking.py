@@ -40,14 +40,14 @@ class Blocks(NamedTuple):
 # Traced once for each kind of array.
 @functools.partial(jax.jit, static_argnames="axes")
 def mark(
-    x: jax.Array, threshold: tuple[jax.Array, ...], index: Integers, axes: Axes
+    x: jax.Array, threshold: tuple[jax.Array, ...], index: Integers | None, axes: Axes
 ) -> jax.Array:
     """Marks the entries at or above the threshold of their block.
 
     Args:
       x: Array that :func:`order_bits` takes.
       threshold: A threshold's value and the digits of its cut, integers ``[blocks]``.
-      index: The entries' :func:`index_digits`.
+      index: The entries' :func:`index_digits`; None where the cut is behind them all.
       axes: The axes of x along which its blocks extend.
     """
     block_axes = tuple(a for a in range(x.ndim) if a not in axes)
@@ -57,6 +57,8 @@ def mark(
     )
     bits = order_bits(x)
     value = spread(threshold[0], bits.dtype)
+    if index is None:
+        return bits >= value
     digits = threshold[-len(index.limbs) :]
     cut = Integers(tuple(spread(row, jnp.int32) for row in digits))
     # The same as bits > value, or bits == value and index < cut, in fewer operations.

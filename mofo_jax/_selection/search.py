@@ -17,8 +17,9 @@ the step before.
 
 How a pass reads the arrays depends on the device, and :class:`Passes` is what the
 search asks of it. :mod:`.any_device` counts, on whatever device or mesh the arrays
-are. :mod:`.single_cpu` reads them in the way that a CPU reads fastest, and gathers the
-last candidates. A third one needs the same four methods.
+are, with a little that suits TPUs and one that suits a single GPU. :mod:`.single_cpu`
+reads them in the way that a CPU reads fastest, and gathers the last candidates. Another
+one needs the same four methods.
 """
 
 import functools
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mofo_jax._selection.any_device import AnyDevice
+from mofo_jax._selection.any_device import AnyDevice, OneGPU, TPUs
 from mofo_jax._selection.brackets import (
     Brackets,
     next_digit,
@@ -40,8 +41,8 @@ from mofo_jax._selection.brackets import (
 )
 from mofo_jax._selection.counting import Integers
 from mofo_jax._selection.options import options
-from mofo_jax._selection.platforms import on_cpus
-from mofo_jax._selection.probes import first_probes, next_probes
+from mofo_jax._selection.platforms import on_one_device, platform
+from mofo_jax._selection.probes import next_probes
 from mofo_jax._selection.ranking import Axes, Blocks
 from mofo_jax._selection.single_cpu import SingleCPU
 
@@ -57,8 +58,15 @@ class Passes(Protocol):
     blocks: Blocks
     probes: int
 
-    def start(self, guess: jax.Array) -> Any:
-        """What a pass leaves for the next one beside brackets, before the first."""
+    def start(
+        self, brackets: Brackets, guess: jax.Array
+    ) -> tuple[Brackets, jax.Array, Any]:
+        """Brackets, positions to try, and what a pass leaves for the next one.
+
+        Args:
+          brackets: Those that hold whatever the arrays are.
+          guess: ``[1, blocks]``, magnitudes to start from, -1 for none.
+        """
 
     def request(
         self, brackets: Brackets, positions: jax.Array, memory: Any
@@ -76,6 +84,14 @@ class Passes(Protocol):
 
     def masks(self, thresholds: jax.Array) -> list[jax.Array]:
         """What reaches the thresholds ``[rows, blocks]``, for each array."""
+
+
+PROGRAMS: dict[str, type[AnyDevice | SingleCPU]] = {
+    "any device": AnyDevice,
+    "one CPU device": SingleCPU,
+    "one GPU": OneGPU,
+    "TPUs": TPUs,
+}
 
 
 # Compiled once for each tree of shapes: without jit, eager loops compile at every call.
@@ -110,10 +126,11 @@ def _passes(arrays: list[jax.Array], block_axes: list[Axes], k: Integers) -> Pas
 
     A wrong guess, as when lowering for another platform, costs time only.
     """
-    alone = jax.device_count() == 1 and on_cpus()
-    name = options.value.program or ("one CPU device" if alone else "any device")
-    program = SingleCPU if name == "one CPU device" else AnyDevice
-    return program(arrays, block_axes, k)
+    name = options.value.program
+    if name is None:
+        alone = {"cpu": "one CPU device", "gpu": "one GPU"} if on_one_device() else {}
+        name = ({"tpu": "TPUs"} | alone).get(platform(), "any device")
+    return PROGRAMS[name](arrays, block_axes, k)
 
 
 def _search(passes: Passes, guess: jax.Array) -> jax.Array:
@@ -142,10 +159,9 @@ def _search(passes: Passes, guess: jax.Array) -> jax.Array:
         positions, request = passes.request(brackets, positions, memory)
         return brackets, positions, request, memory
 
-    brackets, memory = start(blocks, guess), passes.start(guess)
+    brackets, positions, memory = passes.start(start(blocks, guess), guess)
     # A loop's carry must vary along the manual mesh axes that its values vary along.
     brackets, memory = vary((brackets, memory), varying_axes(guess))
-    positions = first_probes(blocks, guess, probes)
     positions, request = passes.request(brackets, positions, memory)
     carry = brackets, positions, request, memory
     _, _, request, _ = lax.while_loop(any_unfinished, step, carry)

@@ -23,6 +23,7 @@ from mofo_jax._selection.brackets import (
 )
 from mofo_jax._selection.counting import Integers
 from mofo_jax._selection.groups import as_table, columns, counts_table, marks_of, padded
+from mofo_jax._selection.probes import first_probes
 from mofo_jax._selection.ranking import Axes, describe, entry_axes, index_digits, mark
 from mofo_jax._selection.single_cpu_kernels import (
     Gathered,
@@ -74,8 +75,11 @@ class SingleCPU:
         views = zip(self.views, self.view_axes, strict=True)
         self.gather_limits = [gather_limit(v.shape, a) for v, a in views]
 
-    def start(self, guess: jax.Array) -> Memory:
-        return Memory(jnp.zeros(guess.shape, bool), jnp.full_like(guess, -1))
+    def start(
+        self, brackets: Brackets, guess: jax.Array
+    ) -> tuple[Brackets, jax.Array, Memory]:
+        memory = Memory(jnp.zeros(guess.shape, bool), jnp.full_like(guess, -1))
+        return brackets, first_probes(self.blocks, guess, self.probes), memory
 
     def request(
         self, brackets: Brackets, positions: jax.Array, memory: Memory

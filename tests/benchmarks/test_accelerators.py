@@ -83,7 +83,7 @@ def write_gradients(directory, steps):
 
 def test_passes_of_recorded_gradients(tmp_path):
     write_gradients(tmp_path, 6)
-    found = recorded_passes.replay(tmp_path)
+    found = recorded_passes.replay(tmp_path, "TPUs")
     assert found.keys() == PASSES.keys()
     for passes in found.values():
         assert 1 <= passes["one matrix"] <= passes["layers"] < 40
@@ -157,7 +157,7 @@ def test_documents_quote_the_kernels():
     run, kernels, moved = found["mofo"]
     for name in ("README.md", "docs/selection.md"):
         text = " ".join((ROOT / name).read_text().split())
-        assert f"{kernels:.0f} times as many" in text
+        assert f"{kernels:.1f} times as many" in text
         assert f"{moved:.1f} times as many bytes" in text
     assert f"{run['step']['kernels']} kernels and {run['pass']['kernels']} in" in text
     assert f"AdamW's {found['adamw'][0]['step']['kernels']} in all" in text
