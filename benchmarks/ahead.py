@@ -86,7 +86,7 @@ def compile_step(method: str, tree: str, mesh: Mesh) -> Any:
         extra["fisher"] = jax.tree.map(put, {n: _factors(params[n]) for n in params})
     elif method == "keep, F whole":
         extra["fisher"] = params
-    optimizer = optax.with_extra_args_support(_optimizer(method))
+    optimizer = optax.with_extra_args_support(optimizer_of(method))
     state = jax.tree.map(put, jax.eval_shape(optimizer.init, params))
 
     def step(params: Any, state: Any, gradients: Any, extra: Any) -> Any:
@@ -100,7 +100,8 @@ def compile_step(method: str, tree: str, mesh: Mesh) -> Any:
     return lowered.compile()
 
 
-def _optimizer(method: str) -> optax.GradientTransformation:
+def optimizer_of(method: str) -> optax.GradientTransformation:
+    """The optimizer by its name in `benchmarks.accelerators`."""
     if method == "adamw":
         return optax.adamw(1e-3, weight_decay=1e-4)
     options: dict[str, Any] = {} if method == "mofo" else {"score": "gain"}

@@ -89,10 +89,11 @@ def publish(
     results: dict[str, Any],
     output: Path,
     table: Callable[[dict[str, Any]], str],
-    plot: Callable[[dict[str, Any], Path], None],
+    plot: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> None:
-    """Writes the table and the plot beside the numbers, and prints the table."""
+    """Writes the table and the plot, if any, beside the numbers; prints the table."""
     text = table(results)
     output.with_suffix(".md").write_text(text)
-    plot(results, output.with_suffix(".png"))
+    if plot is not None:
+        plot(results, output.with_suffix(".png"))
     print(text)
