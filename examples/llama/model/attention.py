@@ -1,7 +1,8 @@
 """Attention, by the best kernel that a backend has.
 
-On GPUs that is cuDNN's flash attention, on TPUs what XLA makes of
-`jax.nn.dot_product_attention`. On CPUs the latter takes twice as long as `_causal`.
+On GPUs that is cuDNN's flash attention, on TPUs JAX's splash attention, both of which
+keep nothing of size T x S. Elsewhere, and for masks that these do not take, it is
+`jax.nn.dot_product_attention`. On CPUs that takes twice as long as `_causal`.
 
 Shapes: B batch, T queries, S keys, N query heads, K key/value heads, each for G = N / K
 of them, D head dimension.
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.llama.model import splash
 from examples.llama.model.platforms import platform
 from examples.llama.model.products import float32_einsum
 
@@ -21,8 +23,17 @@ PARTS = 4
 _Kept = tuple[jax.Array, ...]  # by `_forward`, for `_backward`
 
 
+def takes_segments(time: int) -> bool:
+    """Whether `attend` takes segment_ids of rows of this length, in place of a mask."""
+    return platform() == "tpu" and splash.fits(time)
+
+
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    segment_ids: jax.Array | None = None,
 ) -> jax.Array:
     """What q [B, T, N, D] reads of v [B, S, K, D] by its products with k [B, S, K, D].
 
@@ -32,6 +43,8 @@ def attend(
       v: Values.
       mask: bool [B, T, S], True where a query may read; or None, where S is T and every
         query reads its own position and those before it.
+      segment_ids: int32 [B, T], where `takes_segments` and there is no mask: a query
+        reads those of its own segment alone.
 
     Returns:
       [B, T, N, D] in the dtype of q.
@@ -39,6 +52,9 @@ def attend(
     on = platform()
     if mask is None and on == "cpu":
         return _causal(q, k, v)
+    if mask is None and takes_segments(q.shape[1]):
+        return splash.splash(q, k, v, segment_ids)
+    assert segment_ids is None, "takes_segments says so"
     flash = mask is None and on == "gpu" and q.dtype != jnp.float32
     # It mixes dtypes, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from examples.llama.model.architectures import LlamaConfig
-from examples.llama.model.attention import attend
+from examples.llama.model.attention import attend, takes_segments
 from examples.llama.model.products import float32_einsum
 from examples.llama.model.sharding import constrain
 
@@ -74,6 +74,7 @@ class Attention(nnx.Module):
         cos: jax.Array,
         sin: jax.Array,
         mask: jax.Array | None,
+        segment_ids: jax.Array | None,
         past: tuple[jax.Array, jax.Array] | None,
         start: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -84,7 +85,7 @@ class Attention(nnx.Module):
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, mask, segment_ids)
         return self.o_proj(y.reshape(x.shape[0], -1)), (k, v)
 
 
@@ -268,6 +269,9 @@ class Llama(nnx.Module):
                 mask = jnp.ones((batch, time), bool)
             mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
         readable = None  # plainly causal, for which there are the fastest kernels
+        segments = None
+        if mask is None and branch_ids is None and takes_segments(time):
+            segments, segment_ids = segment_ids, None
         if any(x is not None for x in (mask, segment_ids, branch_ids)):
             # Causal by slot, not by position: padding may shift positions.
             slots = jnp.arange(time if mask is None else mask.shape[1], dtype=jnp.int32)
@@ -284,7 +288,7 @@ class Llama(nnx.Module):
         cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
         def run(layer: DecoderLayer, x: jax.Array, past: Any) -> Any:
-            return layer(x, cos, sin, readable, past, start)
+            return layer(x, cos, sin, readable, segments, past, start)
 
         if self.remat != "none" and cache is None:  # no backward pass with a cache
             run = nnx.remat(run, policy=REMAT_POLICIES[self.remat])
