@@ -168,32 +168,67 @@ def fisher_leaves(fisher: Any) -> list[Any]:
     return jax.tree.leaves(fisher, is_leaf=_is_factored)
 
 
-def dense_fisher(leaf: Any, factor: jax.Array | None = None) -> jax.Array:
-    """A leaf as an array, at least float32, times a factor. Jitted uses fuse it.
+def dense_fisher(leaf: Any) -> jax.Array:
+    """A leaf as an array, at least float32. Jitted uses fuse it.
 
     It is made by products alone, which XLA computes again rather than store.
     """
     if not _is_factored(leaf):
-        dense = at_least_float32(jnp.asarray(leaf))
-        return dense if factor is None else dense * factor.astype(dense.dtype)
+        return at_least_float32(jnp.asarray(leaf))
     rows, columns = (at_least_float32(jnp.asarray(x)) for x in leaf)
-    rows = rows / _nonzero(jnp.mean(rows, axis=-1, keepdims=True))
-    if factor is not None:
-        rows = rows * factor.astype(rows.dtype)
+    return _product(rows / _nonzero(jnp.mean(rows, axis=-1, keepdims=True)), columns)
+
+
+def _product(rows: jax.Array, columns: jax.Array) -> jax.Array:
     return rows[..., :, None] * columns[..., None, :]
 
 
-def mean_fisher(fisher: Any) -> jax.Array:
-    """The mean over all entries of all leaves, float32; 1 where that is zero."""
-    # Of the rows of a factored leaf the mean is that of the leaf.
-    means = [
-        (jnp.mean(jnp.asarray(x[0] if _is_factored(x) else x), dtype=jnp.float32), size)
-        for x in fisher_leaves(fisher)
-        if (size := _size(x))
-    ]
-    total = sum(size for _, size in means)
-    zero = jnp.zeros([], jnp.float32)
-    return _nonzero(sum((mean * (size / total) for mean, size in means), zero))
+def relative_fisher(fisher: Any) -> list[jax.Array]:
+    """The leaves as :func:`dense_fisher`, over the mean of all entries of all leaves.
+
+    They are as they were where that mean is zero.
+    """
+    leaves = fisher_leaves(fisher)
+    sizes = [_size(leaf) for leaf in leaves]
+    rows = {i: jnp.asarray(x.rows) for i, x in enumerate(leaves) if _is_factored(x)}
+    total, mean = sum(sizes), jnp.zeros([], jnp.float32)
+    over_means = []
+    for members, stack in stacks(rows):
+        # Of the rows of a factored leaf the mean is that of the leaf.
+        means = jnp.mean(stack, axis=range(1, stack.ndim), dtype=jnp.float32)
+        if size := sizes[members[0]]:
+            mean += jnp.sum(means) * (size / total)
+        stack = at_least_float32(stack)
+        stack = stack / _nonzero(jnp.mean(stack, axis=-1, keepdims=True))
+        over_means.append((members, stack))
+    for i, leaf in enumerate(leaves):
+        if i not in rows and sizes[i]:
+            mean += jnp.mean(jnp.asarray(leaf), dtype=jnp.float32) * (sizes[i] / total)
+    factor = 1 / _nonzero(mean)
+    for members, stack in over_means:
+        stack = stack * factor.astype(stack.dtype)
+        rows |= zip(members, jnp.unstack(stack), strict=True)
+
+    def relative(i: int, leaf: Any) -> jax.Array:
+        if i not in rows:
+            dense = at_least_float32(jnp.asarray(leaf))
+            return dense * factor.astype(dense.dtype)
+        columns = at_least_float32(jnp.asarray(leaf.columns))
+        return _product(rows[i], columns)
+
+    return [relative(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+def stacks(arrays: dict[int, jax.Array]) -> list[tuple[list[int], jax.Array]]:
+    """All arrays of one type as one, along a new first axis, with their keys.
+
+    What is done to many small arrays costs a GPU a kernel each otherwise, which takes
+    longer to start than to run.
+    """
+    kinds: dict[str, list[int]] = {}
+    for i, x in arrays.items():
+        kinds.setdefault(str(jax.typeof(x)), []).append(i)
+    return [(keys, jnp.stack([arrays[i] for i in keys])) for keys in kinds.values()]
 
 
 def abs_square(x: jax.Array) -> jax.Array:

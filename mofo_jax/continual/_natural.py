@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from mofo_jax._checks import at_least_float32, check_number
 from mofo_jax.continual._fisher import (
     abs_square,
-    dense_fisher,
-    fisher_leaves,
     match_fisher,
-    mean_fisher,
+    relative_fisher,
+    stacks,
 )
 
 
@@ -123,11 +123,11 @@ def scale_by_fisher(
     )
     decay = _number("decay", decay, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
-    def scale(update: jax.Array, weight: Any, inverse: jax.Array) -> jax.Array:
+    def scale(update: jax.Array, relative: jax.Array) -> jax.Array:
         update = at_least_float32(update)
         dtype = update.real.dtype
-        relative = dense_fisher(weight, inverse).astype(dtype)
-        return update / (relative + jnp.asarray(damping, dtype)).astype(update.dtype)
+        divisor = relative.astype(dtype) + jnp.asarray(damping, dtype)
+        return update / divisor.astype(update.dtype)
 
     def init_fn(params: Any) -> ScaleByFisherState:
         del params
@@ -145,22 +145,28 @@ def scale_by_fisher(
                 "update(updates, state, params, fisher=...)"
             )
         held = match_fisher(held, "the updates", updates)
-        inverse = 1 / mean_fisher(held)
         # Of the steps before this one, so that no leaf has to wait for the others.
         d, past = jnp.asarray(decay, jnp.float32), state.steps.astype(jnp.float32)
         square = state.mean_square / jnp.where(past == 0, 1, 1 - d**past)
         # 0 as long as all updates were.
         unit = 1 / jnp.asarray(damping, jnp.float32)
         rms = jnp.where(square == 0, unit, jnp.sqrt(square))
-        results, squares, size = [], [], 0
+        results: list[jax.Array] = []
+        squares: dict[int, jax.Array] = {}
+        size = 0
         leaves, treedef = jax.tree.flatten(updates)
-        for leaf, weight in zip(leaves, fisher_leaves(held), strict=True):
-            scaled = scale(leaf, weight, inverse)
-            squares.append(jnp.sum(abs_square(scaled)).astype(jnp.float32))
+        for leaf, relative in zip(leaves, relative_fisher(held), strict=True):
+            scaled = scale(leaf, relative)
+            square = jnp.sum(abs_square(scaled), axis=-1 if scaled.ndim else None)
+            squares[len(squares)] = square.astype(jnp.float32)
             size += scaled.size
             scaled = scaled / rms.astype(scaled.dtype)
             results.append(scaled.astype(jnp.result_type(leaf)))
-        new = sum(squares, jnp.zeros([], jnp.float32)) / max(1, size)
+        sums = (
+            jnp.sum(lax.optimization_barrier(jnp.sum(stack, axis=range(1, stack.ndim))))
+            for _, stack in stacks(squares)
+        )
+        new = sum(sums, jnp.zeros([], jnp.float32)) / max(1, size)
         mean_square = d * state.mean_square + (1 - d) * new
         steps = optax.safe_increment(state.steps)
         updates = jax.tree.unflatten(treedef, results)
