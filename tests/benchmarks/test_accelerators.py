@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from benchmarks import accelerators, ahead, recorded_passes
 from benchmarks.accelerators import CASES, METHODS, main
 from benchmarks.accelerators_report import ratios, table
-from benchmarks.inspection import dtype_bytes
+from examples import programs
+from examples.programs import describe, dtype_bytes
 
 ROOT = Path(__file__).parents[2]
 TPU = ROOT / "build" / "tpu" / "bin" / "python"
@@ -24,7 +25,7 @@ PASSES = {
 
 
 def described(function, *arguments):
-    return ahead.describe(jax.jit(function).lower(*arguments).compile())
+    return describe(jax.jit(function).lower(*arguments).compile())
 
 
 def test_kernels_and_bytes():
@@ -46,16 +47,25 @@ def test_loops():
     def until(x):
         return jax.lax.while_loop(lambda y: y[0] > 0.1, jnp.sin, x)
 
-    searching = described(until, x)
-    assert searching["pass"]["kernels"] >= 1
-    assert searching["pass"]["bytes"] >= 2 * 4000
+    searching = described(jax.jit(until), x)
+    assert searching["pass"]["kernels"] == 0
+    assert searching["turn"]["kernels"] >= 1
+    assert searching["turn"]["bytes"] >= 2 * 4000
+
+    @jax.jit
+    def search_masks(x):
+        return until(x)
+
+    renamed = described(search_masks, x)
+    assert renamed["pass"] == searching["turn"]
+    assert renamed["turn"]["kernels"] == 0
 
 
 def test_sizes_of_types():
     names = ("f32", "bf16", "s8", "u4", "pred", "token", "f8e4m3fn", "c64")
     assert [dtype_bytes(name) for name in names] == [4, 2, 1, 1, 1, 0, 1, 8]
     text = "(f32[4,2]{1,0:T(8,128)}, bf16[3]{0:T(1024)S(1)}, s32[])"
-    assert ahead._arrays(text) == [32, 0, 4]
+    assert programs._arrays(text) == [32, 0, 4]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +75,7 @@ def test_optimizers_steps(monkeypatch, method):
     monkeypatch.setitem(ahead.TREES, "toy", shapes)
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
     with jax.numpy_dtype_promotion("standard"):
-        found = ahead.describe(ahead.compile_step(method, "toy", mesh))
+        found = describe(ahead.compile_step(method, "toy", mesh))
     assert found["step"]["kernels"] > 0
     assert (found["pass"]["kernels"] > 0) == (method != "adamw")
     assert (found["collectives"] > 0) == (method != "adamw")

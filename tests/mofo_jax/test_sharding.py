@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.inspection import collectives
+from examples.programs import collectives
 from mofo_jax import filter_by_momentum, mofo, top_fraction_mask
 
 SPECS = [P("x"), P(None, "x"), P("y", "x"), P(None, ("x", "y"))]

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.inspection import collectives
+from examples.programs import collectives
 from mofo_jax import mofo, top_fraction_mask
 
 

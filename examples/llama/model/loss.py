@@ -292,14 +292,26 @@ def _take(x: jax.Array, order: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, order[..., None] if x.ndim > 2 else order, axis=1)
 
 
+def chunk_count(batch: int, time: int, vocabulary: int) -> int:
+    """How many chunks `cross_entropy_sum` takes where all of [B, T] count."""
+    return _cuts(batch, time, vocabulary, CHUNK_BYTES, CHUNKS)[0]
+
+
+def _cuts(
+    batch: int, time: int, vocabulary: int, chunk_bytes: int, least: int
+) -> tuple[int, int]:
+    """The number of chunks, and their positions."""
+    needed = math.ceil(4 * batch * time * vocabulary / chunk_bytes)
+    size = math.ceil(time / min(time, max(needed, least)))
+    return math.ceil(time / size), size
+
+
 def _chunks(
     chunk_bytes: int, vocabulary: int, *arrays: jax.Array, least: int = 1
 ) -> tuple[jax.Array, ...]:
     """Arrays [B, T, ...] cut along T and padded with zeros to [chunks, B, C, ...]."""
     batch, time = arrays[0].shape[:2]
-    needed = math.ceil(4 * batch * time * vocabulary / chunk_bytes)
-    size = math.ceil(time / min(time, max(needed, least)))
-    count = math.ceil(time / size)
+    count, size = _cuts(batch, time, vocabulary, chunk_bytes, least)
 
     def cut(x: jax.Array) -> jax.Array:
         padding = ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2)

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.inspection import collectives
 from examples.llama.model.llama import Llama
 from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import (
@@ -20,6 +19,7 @@ from examples.llama.model.sharding import (
 from examples.llama.training.loop import train
 from examples.llama.training.optimizers import make_optimizer
 from examples.llama.training.steps import init_state
+from examples.programs import collectives
 from tests.examples.llama.runs import CONFIG, config_of, metrics_of
 
 
