@@ -36,6 +36,8 @@ class AnyDevice:
         if self.opening:
             magnitudes = positions[None]
             brackets = self._narrowed(brackets, positions, magnitudes, self.arrays)
+            # XLA keeps the arrays from here on, however they were made.
+            brackets, self.arrays = lax.optimization_barrier((brackets, self.arrays))
             brackets = next_digit(brackets, self.blocks)
             positions, brackets = next_probes(brackets, self.blocks, self.probes)
         return brackets, positions, ()
