@@ -142,10 +142,10 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"# What a fine-tuning step of {settings['model']} needs",
         "",
-        f"Nothing ran on a chip: by the compilers, with {versions}. {settings['rows']} "
-        f"rows of {settings['max_length']} tokens for each chip, in "
-        f"{settings['dtype']}, parameters in {settings['param_dtype']}, remat "
-        f"{settings['remat']}. The time is the estimate of a TPU's compiler. It counts "
+        f"Nothing ran on a chip: these are the compilers' numbers ({versions}). Each "
+        f"chip has {settings['rows']} x {settings['max_length']} tokens, in "
+        f"{settings['dtype']}, with parameters in {settings['param_dtype']} and remat "
+        f"{settings['remat']}. The time is what a TPU's compiler expects. It counts "
         "attention as if that ran at the chip's peak, and nothing for waiting. Written "
         "by `python -m examples.llama.plan`.",
         "",

@@ -17,6 +17,7 @@ from benchmarks.facts_variants import VARIANTS
 from benchmarks.forgetting_methods import METHODS
 from benchmarks.quoted_tables import QUOTED, renew
 from examples import quickstart
+from examples.llama import plan
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"
@@ -76,7 +77,16 @@ def test_every_variant_there_is_complete():
     assert min(seeds.values()) >= 1
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/forgetting.md"])
+@pytest.mark.parametrize("name", sorted(x.stem for x in RESULTS.glob("plan_*.json")))
+def test_plans_are_of_the_numbers(name):
+    path = RESULTS / f"{name}.json"
+    results = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == plan.table(results)
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/forgetting.md", "docs/fine_tuning.md"]
+)
 def test_tables_are_quoted_as_they_are(document):
     text = (ROOT / document).read_text()
     assert len(QUOTED.findall(text)) >= 1
