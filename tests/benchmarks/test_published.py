@@ -84,6 +84,15 @@ def test_plans_are_of_the_numbers(name):
     assert path.with_suffix(".md").read_text() == plan.table(results)
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/fine_tuning.md"])
+def test_what_is_said_of_the_plan(document):
+    plans = json.loads((RESULTS / "plan_llama3.2-1b.json").read_text())["plans"]
+    adamw, mofo, keep = (run["seconds"] for run in plans)
+    text = " ".join((ROOT / document).read_text().split())
+    more = [f"{seconds / adamw - 1:.0%}" for seconds in (mofo, keep)]
+    assert re.search(" longer .{,40}".join(more), text)
+
+
 @pytest.mark.parametrize(
     "document", ["README.md", "docs/forgetting.md", "docs/fine_tuning.md"]
 )
