@@ -1,4 +1,4 @@
-"""Chips that need not be there, for which programs can be compiled.
+"""Chips for which programs can be compiled without having them.
 
 A TPU's compiler is the package libtpu. A GPU's is that of jax[cuda12], with cuDNN for
 the kernels of attention. Both look at their environment when JAX starts.
@@ -70,7 +70,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def devices(platform: str, topology: str) -> Any:
-    """The chips of a topology, which need not be there."""
+    """The chips of a topology, for JAX to compile for. No such chip is needed."""
     if platform == "tpu":
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     else:

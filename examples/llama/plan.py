@@ -1,4 +1,4 @@
-"""What a fine-tuning run will need, on chips that need not be there.
+"""What a fine-tuning run will need, on chips that you do not have yet.
 
 python -m examples.llama.plan --model llama3.2-1b --chips v5e-8 h100
 

@@ -1,4 +1,4 @@
-"""The training step, compiled for chips that are not there, on shapes alone.
+"""The training step, compiled from shapes alone, for chips that nobody here has.
 
 A part of examples.llama.plan, which starts it with the environment that a compiler
 needs and says on standard input what to compile. Prints a line of JSON.
@@ -55,7 +55,7 @@ def compile_ahead(config: Config, shape: LlamaConfig, mesh: Mesh) -> Ahead:
       config: The run's settings. Of what works against forgetting it may have the
         metric of `keep`.
       shape: Of the model.
-      mesh: Its devices need not be there.
+      mesh: Of devices as of `examples.chips.devices`, or of real ones.
 
     Raises:
       ValueError: The batch does not divide among the devices, or a rank of LoRA is too
