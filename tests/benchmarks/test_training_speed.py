@@ -65,7 +65,9 @@ def test_prompts(share, length):
     assert not mask[:, :length].any() and mask[:, length:].all()
 
 
-@pytest.mark.parametrize("name", ["training_speed", "training_speed_intel"])
+@pytest.mark.parametrize(
+    "name", ["training_speed", "training_speed_intel", "training_speed_smollm2"]
+)
 def test_published_results(name):
     """The guide quotes the numbers of the files."""
     root = Path(__file__).parents[2]
