@@ -40,6 +40,12 @@ FLAGS = (
 )
 
 
+COMPILERS = {
+    "tpu": "pip install jax[tpu]",
+    "gpu": "make accelerators, for --python build/gpu/bin/python",
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     """What to plan. Flags that examples.llama.train has mean the same."""
@@ -130,7 +136,10 @@ def _ask(args: Args, shape: LlamaConfig, chips: str, method: str) -> dict[str, A
     )
     if done.returncode:
         said = (done.stderr.strip() or "it says nothing").splitlines()[-1]
-        raise ValueError(f"{args.python} cannot compile for {chips}: {said}")
+        raise ValueError(
+            f"{args.python} cannot compile for {chips}: {said}; the compiler comes "
+            f"with {COMPILERS[CHIPS[chips].platform]}"
+        )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -145,7 +145,10 @@ def flags(**changes):
         ({"model": "nothing"}, "model must be a directory or one of .*'nothing'"),
         ({"rows": 0}, "rows must be 1 or above, got 0"),
         ({"remat": "some"}, "remat must be among none, dots, full; got 'some'"),
-        ({"python": "/bin/false"}, "/bin/false cannot compile for v5e-4: it says noth"),
+        (
+            {"python": "/bin/false"},
+            "/bin/false cannot compile for v5e-4: it says nothing; .* jax.tpu.$",
+        ),
     ],
 )
 def test_errors(changes, message, capsys):
