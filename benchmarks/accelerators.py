@@ -10,9 +10,6 @@ the compilers and runs all of it.
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,7 +22,7 @@ from benchmarks.accelerators_report import LEAF
 from benchmarks.outputs import load, make_room, publish
 from examples import terminal
 from examples.checks import check_least
-from examples.chips import compiler_environment
+from examples.chips import ask
 from examples.environment import environment
 from examples.files import write_json
 from examples.llama.checkpoints.smollm2 import smollm2_path
@@ -110,22 +107,16 @@ def measure(args: Args) -> dict[str, Any]:
 
 
 def _compile(args: Args, case: Case, method: str) -> dict[str, Any]:
-    """What `benchmarks.ahead` says, in a process that knows the chip from its start."""
-    command = ["-m", "benchmarks.ahead", args.platform, case.topology, str(case.chips)]
-    done = subprocess.run(
-        [args.python, *command, case.tree, method],
-        env=os.environ | compiler_environment(args.platform, case.kind),
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
+    """What `benchmarks.ahead` says."""
+    command = ["benchmarks.ahead", args.platform, case.topology, str(case.chips)]
+    command += [case.tree, method]
+    try:
+        return ask(args.python, command, args.platform, case.kind)
+    except ValueError as error:
         raise ValueError(
             f"{args.python} cannot compile {method} for {case.chips} x {case.chip}: "
-            f"{(done.stderr.strip() or 'it says nothing').splitlines()[-1]}"
-        )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+            f"{error}"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

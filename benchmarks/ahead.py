@@ -4,6 +4,7 @@ A part of benchmarks.accelerators, which starts it with the environment that a c
 needs. Prints the costs of the compiled program as a line of JSON.
 """
 
+import functools
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ from benchmarks.trees import TREES
 from examples.chips import devices
 from examples.programs import describe
 from mofo_jax import mofo
-from mofo_jax.continual import FactoredFisher, scale_by_fisher
+from mofo_jax.continual import fisher_diagonal, scale_by_fisher
 
 
 def compile_step(method: str, tree: str, mesh: Mesh) -> Any:
@@ -36,7 +37,7 @@ def compile_step(method: str, tree: str, mesh: Mesh) -> Any:
     params = {n: put(jax.ShapeDtypeStruct(s, jnp.float32)) for n, s in shapes.items()}
     extra: dict[str, Any] = {}
     if method == "keep":
-        extra["fisher"] = jax.tree.map(put, {n: _factors(params[n]) for n in params})
+        extra["fisher"] = jax.tree.map(put, factors(params))
     elif method == "keep, F whole":
         extra["fisher"] = params
     optimizer = optax.with_extra_args_support(optimizer_of(method))
@@ -63,12 +64,10 @@ def optimizer_of(method: str) -> optax.GradientTransformation:
     return mofo(1e-3, weight_decay=1e-4, **options)
 
 
-def _factors(x: jax.ShapeDtypeStruct) -> Any:
-    if len(x.shape) < 2:
-        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    rows, columns = x.shape
-    zeros = lambda: FactoredFisher(jnp.zeros(rows), jnp.zeros(columns))
-    return jax.eval_shape(zeros)
+def factors(params: Any) -> Any:
+    """The shapes of the factored Fisher information of parameters."""
+    estimate = functools.partial(fisher_diagonal, factored=True)
+    return jax.eval_shape(lambda p: estimate(lambda p, _: p, p, [None]), params)
 
 
 def main(platform: str, topology: str, chips: int, tree: str, method: str) -> None:

@@ -18,7 +18,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from benchmarks.ahead import optimizer_of
+from benchmarks.ahead import factors, optimizer_of
 from benchmarks.outputs import load, make_room, publish
 from benchmarks.trees import TREES, Shapes
 from benchmarks.turns import WARMUP, prepare, ratios, take_turns
@@ -26,7 +26,6 @@ from examples import terminal
 from examples.checks import check_least, check_name
 from examples.environment import environment
 from examples.files import write_json
-from mofo_jax.continual import FactoredFisher
 
 METHODS = ("adamw", "mofo", "gain", "keep")
 
@@ -65,7 +64,7 @@ def measure(args: Args) -> dict[str, Any]:
 
 
 def _times(shapes: Shapes, repeats: int) -> dict[str, Any]:
-    optimizers = {method: _with_fisher(method, shapes) for method in METHODS}
+    optimizers = {method: _with_fisher(method) for method in METHODS}
     runs, inputs = prepare(optimizers, shapes, "ordinary", WARMUP + repeats)
 
     lowered = [
@@ -78,7 +77,7 @@ def _times(shapes: Shapes, repeats: int) -> dict[str, Any]:
     return ratios(take_turns(runs, inputs, WARMUP))
 
 
-def _with_fisher(method: str, shapes: Shapes) -> optax.GradientTransformation:
+def _with_fisher(method: str) -> optax.GradientTransformation:
     """The optimizer, which takes the Fisher information that it needs from its state.
 
     What it is makes no difference to the time: one for every entry.
@@ -87,13 +86,8 @@ def _with_fisher(method: str, shapes: Shapes) -> optax.GradientTransformation:
     if method != "keep":
         return optimizer
 
-    def ones(shape: tuple[int, ...]) -> Any:
-        if len(shape) < 2:
-            return jnp.ones(shape)
-        return FactoredFisher(*map(jnp.ones, shape))
-
     def init(params: Any) -> Any:
-        fisher = {name: ones(shape) for name, shape in shapes.items()}
+        fisher = jax.tree.map(lambda x: jnp.ones(x.shape), factors(params))
         return optimizer.init(params), fisher
 
     def update(gradients: Any, state: Any, params: Any = None) -> Any:

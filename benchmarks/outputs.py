@@ -91,7 +91,7 @@ def publish(
     table: Callable[[dict[str, Any]], str],
     plot: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> None:
-    """Writes the table and the plot, if any, beside the numbers; prints the table."""
+    """Writes the table beside the numbers, and a plot if given. Prints the table."""
     text = table(results)
     output.with_suffix(".md").write_text(text)
     if plot is not None:

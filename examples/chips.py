@@ -4,6 +4,11 @@ A TPU's compiler is the package libtpu. A GPU's is that of jax[cuda12], with cuD
 the kernels of attention. Both look at their environment when JAX starts.
 """
 
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.experimental import topologies
@@ -29,10 +34,6 @@ class Chips(NamedTuple):
     memory: float
     flops: float
     clock: float = 0.0
-
-    def environment(self) -> dict[str, str]:
-        """See `compiler_environment`."""
-        return compiler_environment(self.platform, self.kind)
 
 
 # From the makers' data sheets.
@@ -83,8 +84,36 @@ def devices(platform: str, topology: str) -> Any:
     return found.devices
 
 
-def compiler_environment(platform: str, kind: str) -> dict[str, str]:
-    """What a compiler wants to find before JAX starts; kind as in `Chips`."""
+def ask(
+    python: Path, command: Sequence[str], platform: str, kind: str, given: str = ""
+) -> dict[str, Any]:
+    """What a module prints in a process whose JAX knows the chips from its start.
+
+    Args:
+      python: A Python that has the compiler.
+      command: The module and its arguments. Its last line is a JSON object.
+      platform: See `Chips`, also for `kind`.
+      kind: Of the chips.
+      given: For its standard input.
+
+    Raises:
+      ValueError: It fails; the message is the last line of what it says.
+    """
+    done = subprocess.run(
+        [python, "-m", *command],
+        input=given,
+        env=os.environ | _environment(platform, kind),
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError((done.stderr.strip() or "it says nothing").splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _environment(platform: str, kind: str) -> dict[str, str]:
     found = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     if platform == "tpu":
         found |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}

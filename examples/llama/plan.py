@@ -10,8 +10,6 @@ TPUs; for GPUs what `make accelerators` installs. A large model takes minutes.
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 from examples import terminal
 from examples.checks import check_least, check_name, check_writable
-from examples.chips import CHIPS
+from examples.chips import CHIPS, ask
 from examples.environment import environment
 from examples.files import read_json_object, write_json
 from examples.llama.checkpoints.huggingface_config import (
@@ -51,7 +49,7 @@ class Args:
     """What to plan. Flags that examples.llama.train has mean the same."""
 
     model: str
-    """A Hugging Face directory, of which the config.json is read, or a known shape."""
+    """A Hugging Face directory with a config.json, or the name of a known shape."""
     chips: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="{" + ",".join(CHIPS) + "}")
     ]
@@ -74,8 +72,7 @@ class Args:
     """What a layer keeps for the backward pass: none is everything, dots the results of
     products with weights, full its input alone."""
     reference: bool = True
-    """Whether the pretrained weights are kept beside the trained ones, by which
-    forgetting is measured."""
+    """Keep the pretrained weights beside the trained ones, to measure forgetting."""
     python: Path = Path(sys.executable)
     """A Python that has the compiler and the examples' packages."""
     output: Path | None = None
@@ -122,26 +119,21 @@ def _shape(model: str) -> LlamaConfig:
 
 
 def _ask(args: Args, shape: LlamaConfig, chips: str, method: str) -> dict[str, Any]:
-    """In a process whose JAX knows the chips from its start."""
+    """What `examples.llama.training.ahead` says."""
+    machine = CHIPS[chips]
     config = {name: getattr(args, name) for name in FLAGS}
-    config |= {"method": method, "batch_size": args.rows * CHIPS[chips].number}
+    config |= {"method": method, "batch_size": args.rows * machine.number}
     given = {"chips": chips, "shape": to_hugging_face(shape), "config": config}
-    done = subprocess.run(
-        [args.python, "-m", "examples.llama.training.ahead"],
-        input=json.dumps(given),
-        env=os.environ | CHIPS[chips].environment(),
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or "it says nothing").splitlines()[-1]
-        raise ValueError(
-            f"{args.python} cannot compile for {chips}: {said}; the compiler comes "
-            f"with {COMPILERS[CHIPS[chips].platform]}"
+    command = ["examples.llama.training.ahead"]
+    try:
+        return ask(
+            args.python, command, machine.platform, machine.kind, json.dumps(given)
         )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    except ValueError as error:
+        raise ValueError(
+            f"{args.python} cannot compile for {chips}: {error}; the compiler comes "
+            f"with {COMPILERS[machine.platform]}"
+        ) from error
 
 
 def table(results: dict[str, Any]) -> str:

@@ -162,6 +162,7 @@ def scale_by_fisher(
             size += scaled.size
             scaled = scaled / rms.astype(scaled.dtype)
             results.append(scaled.astype(jnp.result_type(leaf)))
+        # Without the barrier XLA sums each array of a stack by itself again.
         sums = (
             jnp.sum(lax.optimization_barrier(jnp.sum(stack, axis=range(1, stack.ndim))))
             for _, stack in stacks(squares)

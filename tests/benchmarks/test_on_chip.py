@@ -22,7 +22,7 @@ def test_on_chip(tmp_path, monkeypatch, capsys):
     assert all(found["ms"] > 0 for found in results["trees"]["toy"].values())
     assert path.with_suffix(".md").read_text() == table(results)
     assert "| toy | keep |" in capsys.readouterr().out
-    monkeypatch.setattr(on_chip, "_times", None)  # what is there is kept
+    monkeypatch.setattr(on_chip, "_times", None)  # not timed again
     main([*argv, "2"])
     with pytest.raises(SystemExit, match="2"):
         main([*argv, "3"])

@@ -1,8 +1,8 @@
 """Attention, by the best kernel that a backend has.
 
-On GPUs that is cuDNN's flash attention, on TPUs JAX's splash attention, both of which
-keep nothing of size T x S. Elsewhere, and for masks that these do not take, it is
-`jax.nn.dot_product_attention`. On CPUs that takes twice as long as `_causal`.
+On GPUs that is cuDNN's flash attention, on TPUs JAX's splash attention. Neither keeps
+anything of size T x S. What they do not take goes to `jax.nn.dot_product_attention`.
+On CPUs that takes twice as long as `_causal`.
 
 Shapes: B batch, T queries, S keys, N query heads, K key/value heads, each for G = N / K
 of them, D head dimension.

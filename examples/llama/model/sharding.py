@@ -169,6 +169,15 @@ def batch_rows(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def check_rows(rows: int, mesh: Mesh, text: str) -> None:
+    """Raises ValueError unless the mesh, made of that text, divides a batch's rows."""
+    if rows % (among := batch_rows(mesh)):
+        raise ValueError(
+            f"batch_size / accumulate must be a multiple of {among}, over which the "
+            f"mesh {text} divides it, got {rows}"
+        )
+
+
 def put_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, parts: int | None = None
 ) -> dict[str, jax.Array]:

@@ -1,6 +1,6 @@
 """Attention on TPUs by JAX's splash attention, which keeps nothing of size T x S.
 
-Shapes are those of :mod:`.attention`.
+Shapes are those of `attention`.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from examples.llama.model.sharding import MESH_AXES, partition
 
-LANES = 128  # of which a block has a multiple
+LANES = 128  # a block is a multiple of these
 # Larger blocks read keys less often. As MaxText has them.
 BLOCK = 512
 

@@ -4,6 +4,7 @@ A part of examples.llama.plan, which starts it with the environment that a compi
 needs and says on standard input what to compile. Prints a line of JSON.
 """
 
+import functools
 import json
 import math
 import sys
@@ -23,7 +24,7 @@ from examples.llama.model.lora import add_lora
 from examples.llama.model.loss import chunk_count
 from examples.llama.model.parameters import named_parameters
 from examples.llama.model.sharding import (
-    batch_rows,
+    check_rows,
     make_mesh,
     parameter_sharding,
     partition,
@@ -32,9 +33,15 @@ from examples.llama.model.sharding import (
 )
 from examples.llama.training.config import Config
 from examples.llama.training.optimizers import make_optimizer
-from examples.llama.training.steps import Fixed, TrainState, compile_step, make_step
+from examples.llama.training.steps import (
+    Fixed,
+    TrainState,
+    compile_step,
+    make_step,
+    peak_bytes,
+)
 from examples.programs import describe
-from mofo_jax.continual import FactoredFisher
+from mofo_jax.continual import fisher_diagonal
 
 # Of the search for thresholds in a real run; see docs/results/accelerators_tpu.md.
 PASSES = 6
@@ -55,19 +62,14 @@ def compile_ahead(config: Config, shape: LlamaConfig, mesh: Mesh) -> Ahead:
       config: The run's settings. Of what works against forgetting it may have the
         metric of `keep`.
       shape: Of the model.
-      mesh: Of devices as of `examples.chips.devices`, or of real ones.
+      mesh: Its devices may come from `examples.chips.devices`, or be real.
 
     Raises:
       ValueError: The batch does not divide among the devices, or a rank of LoRA is too
         large.
       jax.errors.JaxRuntimeError: It does not fit into the devices' memory.
     """
-    rows, among = config.batch_size // config.accumulate, batch_rows(mesh)
-    if rows % among:
-        raise ValueError(
-            f"batch_size / accumulate must be a multiple of {among}, over which the "
-            f"mesh divides it, got {rows}"
-        )
+    check_rows(config.batch_size // config.accumulate, mesh, config.mesh)
 
     def new() -> Llama:
         options = {"dtype": config.dtype, "param_dtype": config.param_dtype}
@@ -92,7 +94,9 @@ def compile_ahead(config: Config, shape: LlamaConfig, mesh: Mesh) -> Ahead:
     count = _at(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh))
     importance = None
     if config.importance_source is not None:
-        importance = _factored(params, mesh)
+        estimate = functools.partial(fisher_diagonal, factored=True)
+        shapes = jax.eval_shape(lambda p: estimate(lambda p, _: p, p, [None]), params)
+        importance = jax.tree.map(lambda x: _at(x, replicated(mesh)), shapes)
     state = TrainState(params, moments, count)
     fixed = Fixed(frozen, importance=importance)
     step = make_step(graph, optimizer, packed=config.pack)
@@ -112,22 +116,6 @@ def _placed(params: nnx.State, mesh: Mesh) -> nnx.State:
         _at(x, sharding(name, x.shape)) for name, x in named_parameters(params).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
-def _factored(params: nnx.State, mesh: Mesh) -> Any:
-    """The Fisher information that divides the steps of these parameters."""
-    whole = replicated(mesh)
-
-    def factors(x: jax.ShapeDtypeStruct) -> Any:
-        sizes = [x.shape[:-1], (*x.shape[:-2], *x.shape[-1:])]
-        if len(x.shape) < 2:
-            sizes = [x.shape]
-        found: list[Any] = [
-            jax.ShapeDtypeStruct(size, jnp.float32, sharding=whole) for size in sizes
-        ]
-        return FactoredFisher(*found) if len(found) > 1 else found[0]
-
-    return jax.tree.map(factors, params)
 
 
 def _batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -164,10 +152,8 @@ def costs(chips: str, config: Config, shape: LlamaConfig) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"does_not_fit": str(error).splitlines()[0]}
-    program, memory = describe(compiled), compiled.memory_analysis()
+    program = describe(compiled)
     weights = _bytes((state.params, fixed.frozen))
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     optimizer = _bytes((state.opt_state, fixed.importance))
     # LoRA leaves the pretrained weights as they are.
     copy = weights if config.reference and not config.lora_rank else 0
@@ -185,7 +171,7 @@ def costs(chips: str, config: Config, shape: LlamaConfig) -> dict[str, Any]:
             "parameters": weights,
             "optimizer": optimizer,
             "pretrained": copy,
-            "step": held - weights - optimizer,
+            "step": peak_bytes(compiled) - weights - optimizer,
         },
         "tokens": config.batch_size * config.max_length,
         "collective_bytes": program["collective_bytes"],

@@ -23,7 +23,7 @@ from examples.llama.model.llama import Llama
 from examples.llama.model.lora import add_lora
 from examples.llama.model.loss import next_token_loss
 from examples.llama.model.sharding import (
-    batch_rows,
+    check_rows,
     make_mesh,
     parameter_sharding,
     replicated,
@@ -94,12 +94,8 @@ def set_up(
     if jax.process_index() == 0:  # which may write to it before another one looks
         check_output(config)
     mesh = make_mesh(config.mesh)
-    rows, among = config.batch_size // config.accumulate, batch_rows(mesh)
-    if rows % among:
-        raise ValueError(
-            f"batch_size / accumulate must be a multiple of {among}, over which the "
-            f"mesh {config.mesh} divides it, got {rows}"
-        )
+    rows = config.batch_size // config.accumulate
+    check_rows(rows, mesh, config.mesh)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     datasets = load_data(config, tokenizer, say, progress=progress)
     model = load_model(
